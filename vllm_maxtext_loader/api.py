@@ -1,0 +1,139 @@
+"""`open_checkpoint`: a checkpoint as a Hugging Face configuration and Hugging Face tensors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vllm_maxtext_loader.checkpoint.location import ItemLocation, locate
+from vllm_maxtext_loader.checkpoint.reader import read_pieces
+from vllm_maxtext_loader.checkpoint.storage import tensorstore_context
+from vllm_maxtext_loader.checkpoint.tree import Tree, read_tree
+from vllm_maxtext_loader.conversion.convert import BFLOAT16, convert
+from vllm_maxtext_loader.conversion.gemma4 import Dims
+from vllm_maxtext_loader.conversion.plan import Plan, make_plan
+from vllm_maxtext_loader.options import DEFAULT_CONCURRENT_GIB
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig
+
+GIB = 1 << 30
+
+
+class Checkpoint:
+    """A MaxText checkpoint whose metadata has been read and planned; no array data has.
+
+    Attributes:
+        tree: leaves, shapes, storage.
+        plan: what a load would make of them.
+        model_name: the MaxText model name the user gave, or None.
+    """
+
+    def __init__(self, tree: Tree, plan: Plan, model_name: str | None, concurrent_gib: float) -> None:
+        self.tree = tree
+        self.plan = plan
+        self.model_name = model_name
+        self.concurrent_bytes = int(concurrent_gib * GIB)
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({self.location.items}, {len(self.plan.targets)} tensors)"
+
+    @property
+    def location(self) -> ItemLocation:
+        """Where it was found."""
+        return self.tree.location
+
+    def with_config(self, config: Any) -> Checkpoint:
+        """The same checkpoint, planned for a given Hugging Face configuration.
+
+        Args:
+            config: transformers Gemma4Config or Gemma4TextConfig.
+
+        Raises:
+            ConfigMismatchError: the configuration contradicts the shapes.
+        """
+        plan = make_plan(self.tree, Dims.from_config(config))
+        return Checkpoint(self.tree, plan, self.model_name, self.concurrent_bytes / GIB)
+
+    def hf_config(self) -> PretrainedConfig:
+        """The model's configuration: dimensions from the shapes, the rest from the published preset.
+
+        Raises:
+            ConfigMismatchError: the dimensions are near no published Gemma 4 and no model name was given.
+        """
+        from vllm_maxtext_loader.hf_config import make_config
+
+        return make_config(self.plan.dims, self.model_name, self.plan.where)
+
+    def hf_weights(
+        self, *, fold_expert_scales: bool = False, dtype: torch.dtype | None = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields every tensor of the model under its Hugging Face name, streaming.
+
+        Args:
+            fold_expert_scales: multiply per_expert_scale into down_proj (float32, one rounding), and give
+                ones in its place.
+            dtype: dtype of all tensors; None keeps the stored dtype.
+
+        Raises:
+            ReadError: a chunk is missing, truncated or corrupt.
+            StorageError: the storage refuses or does not answer.
+        """
+        numpy_dtype = None if dtype is None else _numpy_dtype(dtype)
+        pieces = read_pieces(
+            [entry.leaf for entry in self.plan.leaves], self.tree.arrays, self.concurrent_bytes, self.plan.where
+        )
+        for name, array in convert(
+            self.plan, pieces, dtype=numpy_dtype, fold_expert_scales=fold_expert_scales
+        ):
+            yield name, to_torch(array)
+
+
+def open_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    step: int | None = None,
+    model_name: str | None = None,
+    concurrent_gib: float = DEFAULT_CONCURRENT_GIB,
+) -> Checkpoint:
+    """Reads a checkpoint's metadata and plans its conversion.
+
+    Args:
+        path: local path or gs:// URL of an items directory, a step directory or a run's checkpoint directory.
+        step: step to take from a run's checkpoint directory; None means the newest committed one.
+        model_name: gemma4-26b, gemma4-31b, gemma4-e2b or gemma4-e4b: which published model to take from what
+            shapes cannot tell (sliding window, rope, top-k); None means chosen by shape.
+        concurrent_gib: GiB of decoded array data in flight at a time.
+
+    Raises:
+        MaxTextLoadError: one of its kinds; see `vllm_maxtext_loader.errors`.
+    """
+    location = locate(path, step)
+    tree = read_tree(location, tensorstore_context(int(concurrent_gib * GIB)))
+    return Checkpoint(tree, make_plan(tree), model_name, concurrent_gib)
+
+
+def to_torch(array: np.ndarray) -> torch.Tensor:
+    """The same memory as a torch tensor; bfloat16 travels as its bits."""
+    import torch
+
+    if array.dtype == BFLOAT16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def _numpy_dtype(dtype: torch.dtype) -> np.dtype:
+    import torch
+
+    known = {
+        torch.bfloat16: BFLOAT16,
+        torch.float16: np.dtype(np.float16),
+        torch.float32: np.dtype(np.float32),
+    }
+    if dtype not in known:
+        raise TypeError(f"dtype must be one of {', '.join(map(str, known))}, found {dtype}")
+    return known[dtype]

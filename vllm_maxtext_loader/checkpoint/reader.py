@@ -1,0 +1,141 @@
+"""Reads leaves in the order in which their chunks are stored, each chunk once, under a byte budget.
+
+A leaf of a scanned model holds the same weight of every layer, and a stored chunk spans all of them: reading
+layer by layer would decode every chunk once per layer. Here a leaf is cut along its chunk grid into boxes;
+several boxes are in flight at a time, never more bytes of them than the budget.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+import tensorstore as ts
+
+from vllm_maxtext_loader.checkpoint.storage import no_progress_seconds, storage_error
+from vllm_maxtext_loader.checkpoint.tree import Leaf, array_error
+
+Box = tuple[slice, ...]
+
+_PIECES_IN_FLIGHT = 4
+"""Boxes the budget is divided into: one is converted while the others are fetched and decoded."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A decoded box of a leaf.
+
+    Attributes:
+        leaf: what it is a part of.
+        box: which part; a slice per axis, with explicit bounds.
+        array: the values, of the box's shape.
+        last: whether this completes the leaf.
+    """
+
+    leaf: Leaf
+    box: Box
+    array: np.ndarray
+    last: bool
+
+
+def boxes(leaf: Leaf, limit: int) -> list[Box]:
+    """Cuts a leaf into boxes aligned to its chunks, each of at most `limit` bytes where chunks allow it.
+
+    Chunks are merged along the last axes first, so that boxes are contiguous runs in storage order.
+
+    Args:
+        leaf: the array.
+        limit: bytes per box; a single chunk larger than this is still one box.
+    """
+    steps = list(leaf.chunks) if leaf.chunks else []
+    for axis in reversed(range(len(leaf.shape))):
+        size = leaf.shape[axis]
+        inner = math.prod(min(step, length) for step, length in zip(steps, leaf.shape, strict=True)) * leaf.dtype.itemsize
+        whole = math.ceil(size / steps[axis])
+        multiple = max(1, min(whole, limit // max(1, inner)))
+        steps[axis] = min(size, steps[axis] * multiple)
+        if multiple < whole:
+            break
+    ranges = [
+        [slice(start, min(size, start + max(1, step))) for start in range(0, size, max(1, step))]
+        for size, step in zip(leaf.shape, steps, strict=True)
+    ]
+    return [tuple(box) for box in itertools.product(*ranges)]
+
+
+def box_nbytes(box: Box, itemsize: int) -> int:
+    """Decoded size of a box in bytes."""
+    return math.prod(part.stop - part.start for part in box) * itemsize
+
+
+def read_pieces(
+    leaves: Iterable[Leaf],
+    arrays: dict[str, ts.TensorStore],
+    budget: int,
+    where: str,
+    *,
+    on_wait: Callable[[float], None] | None = None,
+) -> Iterator[Piece]:
+    """Yields every box of every leaf, in order, reading ahead.
+
+    Args:
+        leaves: what to read.
+        arrays: opened arrays by leaf key.
+        budget: bytes of boxes that are in flight or in the caller's hands at a time. A box that is larger than
+            the budget is read alone.
+        where: path, for messages.
+        on_wait: told the seconds spent waiting for each box.
+
+    Raises:
+        ReadError: a chunk is missing, truncated or corrupt.
+        StorageError: the storage refuses, or does not answer within the time limit.
+    """
+    # Halving leaves room for the decoder's own copy of what is in flight.
+    limit = max(1, budget // _PIECES_IN_FLIGHT)
+    pending: collections.deque[tuple[Leaf, Box, int, bool, ts.Future]] = collections.deque()
+    in_flight = 0
+    queue = (
+        (leaf, box, last)
+        for leaf in leaves
+        for cut in [boxes(leaf, limit)]
+        for box, last in zip(cut, [False] * (len(cut) - 1) + [True], strict=True)
+    )
+    upcoming = next(queue, None)
+    try:
+        while upcoming is not None or pending:
+            while upcoming is not None:
+                leaf, box, last = upcoming
+                size = box_nbytes(box, leaf.dtype.itemsize)
+                if pending and in_flight + size > budget:
+                    break
+                future = arrays[leaf.key][box].read(order="C")
+                pending.append((leaf, box, size, last, future))
+                in_flight += size
+                upcoming = next(queue, None)
+            leaf, box, size, last, future = pending.popleft()
+            started = time.perf_counter()
+            array = _result(future, leaf, where)
+            if on_wait is not None:
+                on_wait(time.perf_counter() - started)
+            yield Piece(leaf, box, array, last)
+            in_flight -= size
+            del array
+    finally:
+        for *_, future in pending:
+            future.cancel()
+
+
+def _result(future: ts.Future, leaf: Leaf, where: str) -> np.ndarray:
+    try:
+        return np.asarray(future.result(timeout=no_progress_seconds()))
+    except TimeoutError as error:
+        raise storage_error(
+            f"cannot read leaf {leaf.key} of {where}", TimeoutError("timed out without any progress")
+        ) from error
+    except Exception as error:
+        raise array_error(f"cannot read leaf {leaf.key} of {where}", error) from error

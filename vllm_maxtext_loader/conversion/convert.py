@@ -1,0 +1,130 @@
+"""Carries out a plan on the host: decoded boxes in, whole Hugging Face tensors out.
+
+Every box is written straight to its place in the destination, through the view that `Rearrange` gives, so
+the host holds the tensors that are being filled and the boxes in flight, nothing else.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+import ml_dtypes
+import numpy as np
+
+from vllm_maxtext_loader.checkpoint.reader import Box, Piece
+from vllm_maxtext_loader.conversion.gemma4 import Value
+from vllm_maxtext_loader.conversion.ops import fold_expert_scale, round_to, to_float32, unscale_embedding
+from vllm_maxtext_loader.conversion.plan import LeafPlan, Plan, Write
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+class ScaleStore:
+    """Expert scales by layer, kept because folding needs them when the experts arrive."""
+
+    def __init__(self) -> None:
+        self._scales: dict[int, np.ndarray] = {}
+
+    def put(self, layer: int, experts: int, part: slice, values: np.ndarray) -> None:
+        """Keeps `values` ([experts in part]) of a layer with `experts` experts."""
+        scale = self._scales.setdefault(layer, np.full(experts, np.nan, np.float32))
+        scale[part] = to_float32(values)
+
+    def get(self, layer: int, part: slice) -> np.ndarray:
+        """Scales of the experts in `part`, float32."""
+        return self._scales[layer][part]
+
+
+def layer_of(entry: LeafPlan, write: Write, piece: Piece) -> tuple[np.ndarray, Box] | None:
+    """The part of a box that belongs to one layer, and where in that layer it lies.
+
+    Returns:
+        (values, box without the stacked axes), None where the box does not reach the layer.
+    """
+    where = dict(zip(entry.stack, write.index, strict=True))
+    selection: list[int | slice] = []
+    rest: list[slice] = []
+    for axis, part in enumerate(piece.box):
+        if axis in where:
+            if not part.start <= where[axis] < part.stop:
+                return None
+            selection.append(where[axis] - part.start)
+        else:
+            selection.append(slice(None))
+            rest.append(part)
+    return piece.array[tuple(selection)], tuple(rest)
+
+
+def transform(
+    entry: LeafPlan, write: Write, values: np.ndarray, box: Box, fold: bool, scales: ScaleStore
+) -> tuple[np.ndarray, Box]:
+    """What happens to the values, as the table says; moving them is left to the caller.
+
+    Returns:
+        values (float32 where they were computed with, untouched otherwise) and the box they fill.
+    """
+    match entry.rule.value:
+        case Value.UNSCALE_EMBEDDING:
+            rows = slice(box[0].start, min(box[0].stop, write.sizes["V"]))
+            values = values[: max(0, rows.stop - rows.start)]
+            return unscale_embedding(values, write.sizes["H"]), (rows, *box[1:])
+        case Value.EXPERT_SCALE if fold:
+            scales.put(write.layer, write.sizes["E"], box[0], values)
+            return np.ones_like(values), box
+        case Value.EXPERT_OUTPUT if fold:
+            return fold_expert_scale(values, scales.get(write.layer, box[0])), box
+    return values, box
+
+
+def convert(
+    plan: Plan,
+    pieces: Iterable[Piece],
+    *,
+    dtype: np.dtype | None = None,
+    fold_expert_scales: bool = False,
+    on_piece: Callable[[Piece, float], None] | None = None,
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields every tensor of the plan once.
+
+    Args:
+        plan: what to make.
+        pieces: the plan's leaves, read in the plan's order.
+        dtype: dtype of all tensors; None keeps each one's stored dtype.
+        fold_expert_scales: multiply per_expert_scale into down_proj and give ones for it.
+        on_piece: told each box and the seconds it took to convert.
+    """
+    by_key = {entry.leaf.key: entry for entry in plan.leaves}
+    filling: dict[str, np.ndarray] = {}
+    waiting = {name: set(target.leaves) for name, target in plan.targets.items()}
+    scales = ScaleStore()
+    for piece in pieces:
+        started = time.perf_counter()
+        entry = by_key[piece.leaf.key]
+        for write in entry.writes:
+            target = plan.targets[write.target]
+            if write.target not in filling:
+                filling[write.target] = np.empty(target.shape, dtype or target.dtype)
+            if (found := layer_of(entry, write, piece)) is None:
+                continue
+            values, box = transform(entry, write, *found, fold_expert_scales, scales)
+            _assign(entry.rule.move.view(filling[write.target], write.sizes)[box], values)
+        if on_piece is not None:
+            on_piece(piece, time.perf_counter() - started)
+        if not piece.last:
+            continue
+        for write in entry.writes:
+            waiting[write.target].discard(piece.leaf.key)
+            if not waiting[write.target]:
+                yield write.target, filling.pop(write.target)
+
+
+def _assign(destination: np.ndarray, values: np.ndarray) -> None:
+    """destination[...] = values, with one rounding where the dtypes differ."""
+    if values.dtype != destination.dtype and values.dtype != np.float32:
+        values = to_float32(values)
+    values = round_to(values, destination.dtype)
+    if values.dtype == BFLOAT16:
+        # The same bits as integers: NumPy copies those without going through bfloat16's own functions.
+        values, destination = values.view(np.uint16), destination.view(np.uint16)
+    destination[...] = values

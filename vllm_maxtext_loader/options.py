@@ -1,0 +1,67 @@
+"""The keys of `--model-loader-extra-config` that `--load-format maxtext` understands."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from vllm_maxtext_loader.errors import OptionError
+
+DEFAULT_CONCURRENT_GIB = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Validated loader options.
+
+    Attributes:
+        checkpoint: path or gs:// URL of the checkpoint; None when `--model` itself names it.
+        step: training step to load from a run directory; None means the newest committed one.
+        model_name: MaxText model name that picks the preset of what shapes cannot tell
+            (`gemma4-26b`, `gemma4-31b`, `gemma4-e2b`, `gemma4-e4b`); None means chosen by shape.
+        fold_expert_scales: multiply `per_expert_scale` into the experts' `down_proj`.
+            "auto" folds where the engine does not apply the scale itself (tpu-inference).
+        concurrent_gib: bytes of decoded array data in flight at a time, in GiB.
+    """
+
+    checkpoint: str | None = None
+    step: int | None = None
+    model_name: str | None = None
+    fold_expert_scales: bool | Literal["auto"] = "auto"
+    concurrent_gib: float = DEFAULT_CONCURRENT_GIB
+
+    @classmethod
+    def parse(cls, extra_config: Mapping[str, Any] | None) -> Options:
+        """Validates the dictionary the user gave.
+
+        Raises:
+            OptionError: an unknown key (with the list of known ones) or a value of the wrong type.
+        """
+        config = dict(extra_config or {})
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(set(config) - set(known))
+        if unknown:
+            hints = [match for key in unknown for match in difflib.get_close_matches(str(key), known, n=1)]
+            meant = f" Did you mean {', '.join(hints)}?" if hints else ""
+            raise OptionError(
+                f"--model-loader-extra-config: unknown key {', '.join(map(repr, unknown))} for --load-format "
+                f"maxtext.{meant} Known keys: {', '.join(known)}."
+            )
+        for key, check, wanted in (
+            ("checkpoint", lambda v: isinstance(v, str) and v != "", "a path or gs:// URL"),
+            ("step", lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 0, "an integer >= 0"),
+            ("model_name", lambda v: isinstance(v, str) and v != "", "a MaxText model name"),
+            ("fold_expert_scales", lambda v: v == "auto" or isinstance(v, bool), '"auto", true or false'),
+            (
+                "concurrent_gib",
+                lambda v: isinstance(v, int | float) and not isinstance(v, bool) and 0 < v < float("inf"),
+                "a number of GiB > 0",
+            ),
+        ):
+            if config.get(key) is not None and not check(config[key]):
+                raise OptionError(
+                    f"--model-loader-extra-config: {key} must be {wanted}, found {config[key]!r}."
+                )
+        return cls(**{key: value for key, value in config.items() if value is not None})
