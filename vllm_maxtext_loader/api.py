@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vllm_maxtext_loader.checkpoint.location import ItemLocation, locate
-from vllm_maxtext_loader.checkpoint.reader import read_pieces
+from vllm_maxtext_loader.checkpoint.reader import Piece, read_pieces, trailing_zero_rows
 from vllm_maxtext_loader.checkpoint.storage import tensorstore_context
-from vllm_maxtext_loader.checkpoint.tree import Tree, read_tree
+from vllm_maxtext_loader.checkpoint.tree import ANCHOR, Tree, read_tree
 from vllm_maxtext_loader.conversion.convert import BFLOAT16, convert
 from vllm_maxtext_loader.conversion.gemma4 import Dims
 from vllm_maxtext_loader.conversion.plan import Plan, make_plan
@@ -20,6 +22,8 @@ from vllm_maxtext_loader.options import DEFAULT_CONCURRENT_GIB
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
+
+logger = logging.getLogger("vllm." + __name__)
 
 GIB = 1 << 30
 
@@ -31,12 +35,18 @@ class Checkpoint:
         tree: leaves, shapes, storage.
         plan: what a load would make of them.
         model_name: the MaxText model name the user gave, or None.
+        configured: whether a Hugging Face configuration was given (its vocab_size then decides).
+        concurrent_bytes: read budget in bytes.
     """
 
-    def __init__(self, tree: Tree, plan: Plan, model_name: str | None, concurrent_gib: float) -> None:
+    def __init__(
+        self, tree: Tree, plan: Plan, model_name: str | None, concurrent_gib: float, configured: bool = False
+    ) -> None:
         self.tree = tree
         self.plan = plan
         self.model_name = model_name
+        self.configured = configured
+        self._vocab_known = False
         self.concurrent_bytes = int(concurrent_gib * GIB)
 
     def __repr__(self) -> str:
@@ -57,7 +67,7 @@ class Checkpoint:
             ConfigMismatchError: the configuration contradicts the shapes.
         """
         plan = make_plan(self.tree, Dims.from_config(config))
-        return Checkpoint(self.tree, plan, self.model_name, self.concurrent_bytes / GIB)
+        return Checkpoint(self.tree, plan, self.model_name, self.concurrent_bytes / GIB, configured=True)
 
     def hf_config(self) -> PretrainedConfig:
         """The model's configuration: dimensions from the shapes, the rest from the published preset.
@@ -67,10 +77,15 @@ class Checkpoint:
         """
         from vllm_maxtext_loader.hf_config import make_config
 
-        return make_config(self.plan.dims, self.model_name, self.plan.where)
+        return make_config(self._trimmed().dims, self.model_name, self.plan.where)
 
     def hf_weights(
-        self, *, fold_expert_scales: bool = False, dtype: torch.dtype | None = None
+        self,
+        *,
+        fold_expert_scales: bool = False,
+        dtype: torch.dtype | None = None,
+        on_wait: Callable[[float], None] | None = None,
+        on_piece: Callable[[Piece, float], None] | None = None,
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields every tensor of the model under its Hugging Face name, streaming.
 
@@ -78,19 +93,48 @@ class Checkpoint:
             fold_expert_scales: multiply per_expert_scale into down_proj (float32, one rounding), and give
                 ones in its place.
             dtype: dtype of all tensors; None keeps the stored dtype.
+            on_wait: told the seconds spent waiting for each box of decoded data.
+            on_piece: told each box, and the seconds it took to convert.
 
         Raises:
             ReadError: a chunk is missing, truncated or corrupt.
             StorageError: the storage refuses or does not answer.
         """
         numpy_dtype = None if dtype is None else _numpy_dtype(dtype)
+        plan = self._trimmed()
         pieces = read_pieces(
-            [entry.leaf for entry in self.plan.leaves], self.tree.arrays, self.concurrent_bytes, self.plan.where
+            [entry.leaf for entry in plan.leaves],
+            self.tree.arrays,
+            self.concurrent_bytes,
+            plan.where,
+            on_wait=on_wait,
         )
         for name, array in convert(
-            self.plan, pieces, dtype=numpy_dtype, fold_expert_scales=fold_expert_scales
+            plan, pieces, dtype=numpy_dtype, fold_expert_scales=fold_expert_scales, on_piece=on_piece
         ):
             yield name, to_torch(array)
+
+    def _trimmed(self) -> Plan:
+        """The plan, without vocabulary rows that are padding.
+
+        With a configuration its vocab_size decides. Without one, rows past the published vocabulary, or zero rows
+        at the end of a table of another size, are MaxText's padding.
+        """
+        if self.configured or self._vocab_known:
+            return self.plan
+        from vllm_maxtext_loader.hf_config import PUBLISHED_VOCAB, match_preset
+
+        vocab = self.plan.dims.vocab
+        if vocab > PUBLISHED_VOCAB and match_preset(self.plan.dims):
+            vocab = PUBLISHED_VOCAB
+        elif vocab != PUBLISHED_VOCAB:
+            leaf = self.tree.leaves[".".join(ANCHOR)]
+            vocab -= trailing_zero_rows(leaf, self.tree.arrays[leaf.key], self.plan.where)
+        if vocab != self.plan.dims.vocab:
+            logger.info("Dropping %d padded vocabulary rows of %s", self.plan.dims.vocab - vocab, self.plan.where)
+            self.plan = make_plan(self.tree, dataclasses.replace(self.plan.dims, vocab=vocab))
+        self._vocab_known = True
+        return self.plan
 
 
 def open_checkpoint(

@@ -1,16 +1,18 @@
 """tpu-inference on JAX's CPU backend: plain JAX in place of what only a TPU can run.
 
-`install()` lets vLLM 0.32 with tpu-inference 0.32 generate tokens on a machine without a TPU, so that the loader can
-be tested end to end and the weights it placed can be judged by what the model says. Replaced are the Pallas kernels
-on the way of a Gemma 4 (ragged paged attention, grouped matmul, the SparseCore gathers, flash attention), TPU
-compiler options, the device mesh and the memory statistics. The rest of the engine is tpu-inference's own code.
+`install()` lets vLLM 0.32 with tpu-inference 0.32 generate tokens on a machine without a TPU, so that the
+loader can be tested end to end and the weights it placed can be judged by what the model says. Replaced are
+the Pallas kernels on the way of a Gemma 4 (ragged paged attention, grouped matmul, the SparseCore gathers,
+flash attention), TPU compiler options, the device mesh and the memory statistics. The rest of the engine is
+tpu-inference's own code.
 
-The replacements compute in float32 and round once, so they are at least as exact as the kernels; they are slow. What
-they do not support they refuse by name. Kernels of other models (MLA, GDN, fused EP MoE, context parallelism) are not
-replaced: they fail on the CPU, they do not compute something else.
+The replacements compute in float32 and round once, so they are at least as exact as the kernels; they are
+slow. What they do not support they refuse by name. Kernels of other models (MLA, GDN, fused EP MoE, context
+parallelism) are not replaced: they fail on the CPU, they do not compute something else.
 
-This module imports jax, so the plugin imports it only when JAX_PLATFORMS=cpu. vllm and tpu_inference are imported by
-`install()` alone. The kernels are ordinary functions of arrays, usable (and tested) without the engine.
+This module imports jax, so the plugin imports it only when JAX_PLATFORMS=cpu. vllm and tpu_inference are
+imported by `install()` alone. The kernels are ordinary functions of arrays, usable (and tested) without the
+engine.
 """
 
 from __future__ import annotations
@@ -26,7 +28,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -41,11 +42,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SUPPORTED_TPU_INFERENCE = "0.32"
-# The KV cache lives in the machine's memory, next to the weights. vLLM's own CPU backend reads the same variable.
-DEFAULT_KV_CACHE_GIB = 2
+# For VLLM_CPU_KVCACHE_SPACE, the variable of vLLM's own CPU backend: the KV cache lives in main memory.
+DEFAULT_KV_CACHE_GIB = 1
 DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
 
-# Attention runs in blocks, so that its memory does not grow with max_model_len: query rows and keys of one block.
+# Attention runs in blocks of queries and keys: its memory must not grow with max_model_len.
 _QUERY_BLOCK = 32
 _KEY_BLOCK = 256
 # Rows of one tile of the grouped matmul. Decoding sends a handful of rows to each expert.
@@ -64,10 +65,11 @@ _installed = False
 def environment() -> dict[str, str]:
     """Defaults for the environment variables that spare tpu-inference a search for a TPU.
 
-    None of them is read by `import jax`. tpu-inference reads the TPU_* ones when it is imported and asks Google's
-    metadata server for those that are missing (tpu_info.py), which only costs time and logs errors; SKIP_JAX_PRECOMPILE
-    is read when the engine warms up (worker/tpu_worker.py, runner/compilation_manager.py) and would compile every
-    padded batch size, minutes of work for shapes a test never reaches.
+    None of them is read by `import jax`. tpu-inference reads the TPU_* ones when it is imported and asks
+    Google's metadata server for those that are missing (tpu_info.py), which only costs time and logs
+    errors; SKIP_JAX_PRECOMPILE is read when the engine warms up (worker/tpu_worker.py,
+    runner/compilation_manager.py) and would compile every padded batch size, minutes of work for shapes a
+    test never reaches.
     """
     return {
         "TPU_ACCELERATOR_TYPE": "v6e-1",
@@ -87,8 +89,8 @@ def prepare_environment() -> None:
 def requested_devices() -> int:
     """Number of CPU devices jax will make (or has made), read without starting its backend.
 
-    Starting the backend here would fix the number of devices for good, and its threads do not survive the fork of
-    vLLM's EngineCore process.
+    Starting the backend here would fix the number of devices for good, and its threads do not survive the
+    fork of vLLM's EngineCore process.
     """
     if jax.config.jax_num_cpu_devices > 0:
         return jax.config.jax_num_cpu_devices
@@ -99,8 +101,8 @@ def requested_devices() -> int:
 def _require_devices(needed: int, available: int) -> None:
     if needed > available:
         raise RuntimeError(
-            f"tensor and data parallelism ask for {needed} devices, but JAX has {available} CPU device(s). Set "
-            f"XLA_FLAGS={DEVICE_COUNT_FLAG}={needed} in the environment before the engine starts."
+            f"tensor and data parallelism ask for {needed} devices, but JAX has {available} on this CPU. "
+            f"Set XLA_FLAGS={DEVICE_COUNT_FLAG}={needed} in the environment before the engine starts."
         )
 
 
@@ -141,8 +143,9 @@ def ragged_paged_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """Attention of several sequences packed into one batch, over keys and values kept in pages.
 
-    Contract: tpu-inference 0.32.0 kernels/ragged_paged_attention/v3/kernel.py, `ragged_paged_attention`. T tokens,
-    S sequence slots, N query heads, K key heads, D head_dim, P pages of `page_size` tokens, D' = D rounded up to 128.
+    Contract: tpu-inference 0.32.0 kernels/ragged_paged_attention/v3/kernel.py, `ragged_paged_attention`. T
+    tokens, S sequence slots, N query heads, K key heads, D head_dim, P pages of `page_size` tokens, D' = D
+    rounded up to 128.
 
     Args:
         queries: [T, N, D], the sequences' new tokens one after the other.
@@ -152,18 +155,20 @@ def ragged_paged_attention(
         kv_lens: i32[S], tokens of each sequence including the new ones.
         page_indices: i32[S * pages_per_sequence], each sequence's pages in order.
         cu_q_lens: i32[S + 1], where each sequence's new tokens start in `queries`.
-        distribution: i32[3]; only the last entry, the number of sequences, matters here. The first two tell the
-            kernel which of its specialisations may run.
+        distribution: i32[3]; only the last entry, the number of sequences, matters here. The first two tell
+            the kernel which of its specialisations may run.
         use_causal_mask: False lets every query see all of its sequence's keys, also the later ones.
-        update_kv_cache: False writes nothing and reads every key from the cache: a KV-shared layer of Gemma 4 E2B,
-            whose keys an earlier layer has written.
+        update_kv_cache: False writes nothing and reads every key from the cache: a KV-shared layer of Gemma
+            4 E2B, whose keys an earlier layer has written.
         skip_kv_mask: the caller's promise that no key needs masking, for speed. Masking changes nothing then.
         sm_scale: factor of the logits.
         sliding_window: a query at position p sees keys at positions above p - sliding_window.
         soft_cap: logits become soft_cap * tanh(logits / soft_cap).
-        out_dtype: the kernel's accumulator dtype. This code accumulates in float32; the output has queries' dtype.
+        out_dtype: the kernel's accumulator dtype. This code accumulates in float32; the output has queries'
+            dtype.
         mask_value: not supported, masked keys have weight zero.
-        q_scale: not supported; vLLM's attention layers never quantize queries (layers/vllm/backends/flash_attn.py).
+        q_scale: not supported; vLLM's attention layers never quantize queries
+            (layers/vllm/backends/flash_attn.py).
         k_scale, v_scale: factors of quantized keys and values.
         chunk_prefill_size .. disable_semaphore_checks: tuning of the TPU kernel, no meaning here.
 
@@ -196,7 +201,7 @@ def ragged_paged_attention(
     )
 
 
-# Set while tracing a layer with head_dim 64 that tpu-inference would refuse on a TPU, see _allow_hd64_sharing.
+# Options of the layer being traced that tpu-inference has no way to pass on, see _allow_hd64_sharing.
 _hd64_options: ContextVar[dict[str, bool] | None] = ContextVar("_hd64_options", default=None)
 
 
@@ -226,8 +231,9 @@ def ragged_paged_attention_hd64(
 ) -> tuple[jax.Array, jax.Array]:
     """`ragged_paged_attention` for head_dim 64, where key and value of a head share one row of 128.
 
-    Contract: tpu-inference 0.32.0 kernels/ragged_paged_attention/v3/kernel_hd64.py, `ragged_paged_attention_hd64`.
-    The cache is [P, page_size, ceil(K / packing), packing, 128] with key and value side by side.
+    Contract: tpu-inference 0.32.0 kernels/ragged_paged_attention/v3/kernel_hd64.py,
+    `ragged_paged_attention_hd64`. The cache is [P, page_size, ceil(K / packing), packing, 128] with key and
+    value side by side.
 
     Args:
         attention_sink: f32[N], a logit per query head that takes weight in the softmax and gives no value.
@@ -256,7 +262,7 @@ def ragged_paged_attention_hd64(
 
 
 class _Interleaved:
-    """Cache layout of kernel.py (`merge_kv`, `get_kv_cache_shape`): rows k0, v0, k1, v1, ... each padded to 128."""
+    """Cache layout of kernel.py (`merge_kv`, `get_kv_cache_shape`): rows k0, v0, k1, v1, ..., 128 wide."""
 
     @staticmethod
     def token_shape(heads: int, head_dim: int, packing: int) -> tuple[int, int, int]:
@@ -316,8 +322,9 @@ def _paged_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """Both kernels; see `ragged_paged_attention` for the arguments.
 
-    Three nested loops (sequences, query blocks, key blocks) with an online softmax. Their trip counts follow the
-    batch, not the padding: an engine started with a max_model_len of 131072 pays for the tokens it has seen.
+    Three nested loops (sequences, query blocks, key blocks) with an online softmax. Their trip counts
+    follow the batch, not the padding: an engine started with a max_model_len of 131072 pays for the tokens
+    it has seen.
     """
     tokens, query_heads, head_dim = queries.shape
     key_heads = keys.shape[1]
@@ -339,7 +346,7 @@ def _paged_attention(
     block_pages = min(page_table.shape[1], math.ceil(_KEY_BLOCK / page_size))
     block_k = block_pages * page_size
     logit_scale = sm_scale * (1.0 if k_scale is None else k_scale)
-    # A block of rows is cut out and put back at any token: pad, so that the last one is not moved to the left.
+    # Blocks of rows start at any token; padding keeps JAX from moving the last one to the left.
     grouped = _pad_to(queries, (tokens + block_q, query_heads, head_dim))
     grouped = grouped.reshape(-1, key_heads, group, head_dim)
     head_sink = jnp.full((key_heads, group), _LOWEST) if sink is None else sink.reshape(key_heads, group)
@@ -486,12 +493,13 @@ def grouped_matmul(
         rhs_bias: [G, 1, N] or None.
         group_sizes: i32[all groups], rows of each group, also of those that other shards hold.
         group_offset: i32[1].
-        fuse_act: "silu", "gelu" or "gelu_tanh": rhs is [gate | up] on its last axis, the result act(gate) * up.
+        fuse_act: "silu", "gelu" or "gelu_tanh"; rhs is [gate | up] on its last axis, and the result is
+            act(gate) * up.
         preferred_element_type: dtype of the result, lhs's by default.
 
     Returns:
-        [M, N], or [M, N / 2] with fuse_act; zero in the rows of other shards' groups and past the last group, which
-        the kernel leaves undefined.
+        [M, N], or [M, N / 2] with fuse_act; zero in the rows of other shards' groups and past the last
+        group, which the kernel leaves undefined.
     """
     _refuse("grouped_matmul", rhs_scale=rhs_scale)
     if fuse_act is not None and fuse_act not in _ACTIVATIONS:
@@ -502,8 +510,8 @@ def grouped_matmul(
     width = rhs.shape[2] if fuse_act is None else rhs.shape[2] // 2
     block = min(rows, _ROW_BLOCK)
 
-    # Tiles of `block` rows, none across two groups. Looping over these costs one expert's weights of memory and
-    # reads only the experts that have rows; gathering weights per row would cost [M, K, N].
+    # Tiles of `block` rows, none across two groups. Looping over these costs one expert's weights of memory
+    # and reads only the experts that have rows; gathering weights per row would cost [M, K, N].
     ends = jnp.cumsum(group_sizes)
     local_sizes = lax.dynamic_slice_in_dim(group_sizes, group_offset[0], groups)
     local_ends = lax.dynamic_slice_in_dim(ends, group_offset[0], groups)
@@ -539,8 +547,9 @@ def gather_rows(
 ) -> jax.Array:
     """x[indices]: [rows, H], i32[M] -> [M, H].
 
-    Contract: tpu-inference 0.32.0 kernels/sparse_core/ragged_gather_v2.py, `ragged_gather_v2`, which fills only the
-    rows [start, end) of this shard's experts, leaves the others undefined, and may pad unless `trim_rows`.
+    Contract: tpu-inference 0.32.0 kernels/sparse_core/ragged_gather_v2.py, `ragged_gather_v2`, which fills
+    only the rows [start, end) of this shard's experts, leaves the others undefined, and may pad unless
+    `trim_rows`.
     """
     del start, end, max_row_subchunks, trim_rows
     return x[indices]
@@ -554,7 +563,7 @@ def gather_reduce(
     reduce_group_size: int,
     tunable_params: Any = None,
 ) -> jax.Array:
-    """Bring the experts' outputs back to their tokens: the weighted sum of each token's `reduce_group_size` rows.
+    """Bring the experts' outputs back to their tokens: each token's weighted sum of `reduce_group_size` rows.
 
     Contract: tpu-inference 0.32.0 kernels/sparse_core/ragged_gather_reduce_v2.py, `ragged_gather_reduce`.
 
@@ -650,18 +659,17 @@ def flash_attention(
             visible = (rows(segment_ids.q, 1, start)[:, :, None] == segment_ids.kv[:, None, :])[:, None]
         if causal:
             visible &= jnp.arange(keys) <= start + jnp.arange(block)[:, None]
-        # Added, not selected: a row that sees nothing gets the plain mean of its logits' softmax, never nan.
+        # Added, as in the kernel: a padding row that sees nothing gets a mean of all values, not nan.
         weights = jax.nn.softmax(logits + jnp.where(visible, 0.0, _LOWEST), axis=-1)
         return jnp.einsum("bhqk,bhkd->bhqd", weights, v).astype(q.dtype)
 
     starts = jnp.minimum(jnp.arange(blocks) * block, queries - block)
-    out = lax.fori_loop(
+    return lax.fori_loop(
         0,
         blocks,
         lambda i, out: lax.dynamic_update_slice_in_dim(out, attend(starts[i]), starts[i], axis=2),
         jnp.zeros(q.shape, q.dtype),
     )
-    return out
 
 
 # ----------------------------------------------------------------------------
@@ -674,15 +682,16 @@ def make_mesh(
 ) -> Mesh:
     """A mesh over the first CPU devices.
 
-    Contract: tpu-inference 0.32.0 utils.py, `make_optimized_mesh`, which orders devices by their place in the TPU's
-    torus. Every engine passes here, so this is also where a backend other than the CPU is refused.
+    Contract: tpu-inference 0.32.0 utils.py, `make_optimized_mesh`, which orders devices by their place in
+    the TPU's torus. Every engine passes here, so this is also where a backend other than the CPU is
+    refused.
     """
     available = list(jax.devices() if devices is None else devices)
     others = {device.platform for device in available} - {"cpu"}
     if others:
         raise RuntimeError(
-            f"the CPU reference kernels are installed, but JAX runs on {', '.join(sorted(others))}. They must not run "
-            "there: start a new process without JAX_PLATFORMS=cpu."
+            f"the CPU reference kernels are installed, but JAX runs on {', '.join(sorted(others))}, where "
+            "they must not run: start a new process without JAX_PLATFORMS=cpu."
         )
     count = math.prod(axis_shapes)
     _require_devices(count, len(available))
@@ -691,10 +700,11 @@ def make_mesh(
 
 
 def memory_usage(devices: Sequence[Any]) -> list[tuple[int, int]]:
-    """(bytes in use, limit) of each device, such that the KV caches of all of them take VLLM_CPU_KVCACHE_SPACE GiB.
+    """(bytes in use, limit) of each device; together they hold KV caches of VLLM_CPU_KVCACHE_SPACE GiB.
 
-    Contract: tpu-inference 0.32.0 utils.py, `hbm_usage_bytes`. JAX's CPU devices report no memory, and share one: what
-    weights take is not counted, because nothing but the size of the KV cache is derived from these numbers.
+    Contract: tpu-inference 0.32.0 utils.py, `hbm_usage_bytes`. JAX's CPU devices report no memory, and
+    share one: what weights take is not counted, because nothing but the size of the KV cache is derived
+    from these numbers.
     """
     devices = list(devices)
     gib = int(os.environ.get("VLLM_CPU_KVCACHE_SPACE") or 0) or DEFAULT_KV_CACHE_GIB
@@ -706,11 +716,51 @@ def memory_usage(devices: Sequence[Any]) -> list[tuple[int, int]]:
 # ----------------------------------------------------------------------------
 
 
-def install() -> None:
-    """Put the functions above in tpu-inference's place. Call it early in every process that runs vLLM on the CPU.
+def _unavailable(what: str) -> Callable[..., Any]:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise NotImplementedError(f"{what} needs a TPU: tpu-inference's kernel has no CPU reference")
 
-    Meant for the plugin's `register()`, which vLLM calls in EngineArgs.__post_init__ and in each process it starts.
-    It starts no JAX backend, and a second call does nothing.
+    return refuse
+
+
+_KERNELS = "tpu_inference.kernels"
+_LAYERS = "tpu_inference.layers.common"
+
+# What `install` replaces by its name: (module, function, what takes its place). The compiler options are
+# empty because the CPU's compiler knows none of the xla_tpu_* ones; jax.jit calls on the way of a plain
+# model take theirs from these two functions.
+REPLACEMENTS: tuple[tuple[str, str, Callable[..., Any]], ...] = (
+    ("tpu_inference.utils", "make_optimized_mesh", make_mesh),
+    ("tpu_inference.utils", "hbm_usage_bytes", memory_usage),
+    ("tpu_inference.models.common.compiler_options", "get_step_fn_compiler_options", dict),
+    ("tpu_inference.models.common.compiler_options", "get_sampling_compiler_options", dict),
+    (f"{_KERNELS}.ragged_paged_attention.v3.kernel", "ragged_paged_attention", ragged_paged_attention),
+    (
+        f"{_KERNELS}.ragged_paged_attention.v3.kernel_hd64",
+        "ragged_paged_attention_hd64",
+        ragged_paged_attention_hd64,
+    ),
+    (f"{_KERNELS}.flash_attention.kernel", "flash_attention", flash_attention),
+    (f"{_LAYERS}.attention_interface", "mla_ragged_paged_attention", _unavailable("MLA attention")),
+    (
+        f"{_LAYERS}.attention_interface",
+        "encoder_only_flash_attention",
+        _unavailable("encoder-only attention"),
+    ),
+    (f"{_LAYERS}.attention_interface", "dcp_forward", _unavailable("decode context parallelism")),
+    (f"{_LAYERS}.attention_interface", "pcp_forward", _unavailable("prefill context parallelism")),
+    (f"{_LAYERS}.fused_moe_gmm", "gmm_wrapper", grouped_matmul),
+    (f"{_KERNELS}.sparse_core.ragged_gather_v2", "ragged_gather_v2", gather_rows),
+    (f"{_KERNELS}.sparse_core.ragged_gather_reduce_v2", "ragged_gather_reduce", gather_reduce),
+    (f"{_KERNELS}.sparse_core.dense_gather_reduce", "dense_gather_reduce", dense_gather_reduce),
+)
+
+
+def install() -> None:
+    """Put this module's functions in tpu-inference's place, in a process that runs vLLM on the CPU.
+
+    Meant for the plugin's `register()`, which vLLM calls in EngineArgs.__post_init__ and in each process it
+    starts. It starts no JAX backend, and a second call does nothing.
 
     Raises:
         RuntimeError: JAX is not told to run on the CPU, or tpu-inference is missing or of another version.
@@ -721,10 +771,21 @@ def install() -> None:
     _require_cpu()
     _require_tpu_inference()
     prepare_environment()
-    _replace_platform()
-    _replace_compiler_options()
-    _replace_attention()
-    _replace_experts()
+
+    for module, name, new in REPLACEMENTS:
+        _replace(module, name, new)
+    interface = importlib.import_module("tpu_inference.layers.common.attention_interface")
+    sharded = _allow_hd64_sharing(interface.sharded_ragged_paged_attention)
+    _replace(interface.__name__, "sharded_ragged_paged_attention", sharded)
+    # Compiled with its compiler options when its module is imported, and that may have happened.
+    sampling = importlib.import_module("tpu_inference.layers.jax.sample.sampling")
+    sample = jax.jit(sampling.sample.__wrapped__, static_argnames=("mesh", "allow_distributed_sampling"))
+    _replace(sampling.__name__, "sample", sample)
+    platform = importlib.import_module("tpu_inference.platforms.tpu_platform").TpuPlatform
+    platform.check_and_update_config = classmethod(
+        _check_device_count(platform.check_and_update_config.__func__)
+    )
+
     _installed = True
     logger.warning(
         "JAX runs on the CPU: TPU kernels are replaced by plain JAX reference code; right, but slow. "
@@ -756,9 +817,9 @@ def _require_tpu_inference() -> None:
         )
 
 
-def _replace(module: ModuleType, name: str, new: Any) -> None:
-    """Set module.name, and every `from module import name` that was executed before."""
-    old = getattr(module, name)
+def _replace(module: str, name: str, new: Any) -> None:
+    """Set module.name, and every copy that a `from module import name` made before."""
+    old = getattr(importlib.import_module(module), name)
     for other in list(sys.modules.values()):
         if getattr(other, "__name__", "").partition(".")[0] == "tpu_inference":
             for attribute, value in list(vars(other).items()):
@@ -766,79 +827,26 @@ def _replace(module: ModuleType, name: str, new: Any) -> None:
                     setattr(other, attribute, new)
 
 
-def _replace_platform() -> None:
-    """Mesh, memory statistics, and a check of the device count while the configuration is made."""
-    utils = importlib.import_module("tpu_inference.utils")
-    platform = importlib.import_module("tpu_inference.platforms.tpu_platform").TpuPlatform
-    _replace(utils, "make_optimized_mesh", make_mesh)
-    _replace(utils, "hbm_usage_bytes", memory_usage)
+def _check_device_count(check_and_update_config: Callable[..., None]) -> Callable[..., None]:
+    """TpuPlatform.check_and_update_config that also looks whether JAX will have enough devices.
 
-    original = platform.check_and_update_config.__func__
+    This is in the user's process and at once, not a minute later in the log of the EngineCore.
+    """
 
-    @functools.wraps(original)
-    def check_and_update_config(cls: type, vllm_config: VllmConfig) -> None:
-        original(cls, vllm_config)
-        # In the user's process and at once, not a minute later in the EngineCore's log.
+    @functools.wraps(check_and_update_config)
+    def checked(cls: type, vllm_config: VllmConfig) -> None:
+        check_and_update_config(cls, vllm_config)
         _require_devices(vllm_config.sharding_config.total_devices, requested_devices())
 
-    platform.check_and_update_config = classmethod(check_and_update_config)
-
-
-def _replace_compiler_options() -> None:
-    """The CPU compiler knows none of the xla_tpu_* options.
-
-    All jax.jit calls on the way of a plain model take them from these two functions; one does so when its module is
-    imported, and is made anew because that may have happened.
-    """
-    options = importlib.import_module("tpu_inference.models.common.compiler_options")
-    _replace(options, "get_step_fn_compiler_options", dict)
-    _replace(options, "get_sampling_compiler_options", dict)
-    sampling = importlib.import_module("tpu_inference.layers.jax.sample.sampling")
-    sample = jax.jit(sampling.sample.__wrapped__, static_argnames=("mesh", "allow_distributed_sampling"))
-    _replace(sampling, "sample", sample)
-
-
-def _replace_attention() -> None:
-    envs = importlib.import_module("tpu_inference.envs")
-    if envs.USE_BATCHED_RPA_KERNEL:
-        raise RuntimeError(
-            "USE_BATCHED_RPA_KERNEL=1: this attention kernel has no CPU reference; unset the variable"
-        )
-    kernels = "tpu_inference.kernels"
-    interface = importlib.import_module("tpu_inference.layers.common.attention_interface")
-    rpa = importlib.import_module(f"{kernels}.ragged_paged_attention.v3.kernel")
-    rpa_hd64 = importlib.import_module(f"{kernels}.ragged_paged_attention.v3.kernel_hd64")
-    flash = importlib.import_module(f"{kernels}.flash_attention.kernel")
-    _replace(rpa, "ragged_paged_attention", ragged_paged_attention)
-    _replace(rpa_hd64, "ragged_paged_attention_hd64", ragged_paged_attention_hd64)
-    _replace(flash, "flash_attention", flash_attention)
-    _replace(
-        interface,
-        "sharded_ragged_paged_attention",
-        _allow_hd64_sharing(interface.sharded_ragged_paged_attention),
-    )
-    for name in ("mla_ragged_paged_attention", "encoder_only_flash_attention", "dcp_forward", "pcp_forward"):
-        _replace(interface, name, _unavailable(name))
-
-
-def _replace_experts() -> None:
-    kernels = "tpu_inference.kernels.sparse_core"
-    moe = importlib.import_module("tpu_inference.layers.common.fused_moe_gmm")
-    _replace(moe, "gmm_wrapper", grouped_matmul)
-    _replace(importlib.import_module(f"{kernels}.ragged_gather_v2"), "ragged_gather_v2", gather_rows)
-    _replace(
-        importlib.import_module(f"{kernels}.ragged_gather_reduce_v2"), "ragged_gather_reduce", gather_reduce
-    )
-    _replace(
-        importlib.import_module(f"{kernels}.dense_gather_reduce"), "dense_gather_reduce", dense_gather_reduce
-    )
+    return checked
 
 
 def _allow_hd64_sharing(original: Callable[..., Any]) -> Callable[..., Any]:
     """Let layers with head_dim 64 share KV caches and see both ways, which the TPU's kernel for 64 cannot.
 
-    Gemma 4 has head_dims of 256 and 512; small models made for tests have 64. Layout and sharding stay tpu-inference's:
-    the wrapped function is told nothing of the two options, and the kernel it calls while tracing is.
+    Gemma 4 has head_dims of 256 and 512; small models made for tests have 64. Layout and sharding stay
+    tpu-inference's: the wrapped function, which would refuse, is not told of the two options; the kernel it
+    calls learns them from `_hd64_options`.
     """
 
     @functools.wraps(original)
@@ -866,13 +874,6 @@ def _setting(variable: ContextVar[Any], value: Any) -> Iterator[None]:
         yield
     finally:
         variable.reset(token)
-
-
-def _unavailable(name: str) -> Callable[..., Any]:
-    def refuse(*_: Any, **__: Any) -> Any:
-        raise NotImplementedError(f"{name} runs on a TPU only: it has no CPU reference")
-
-    return refuse
 
 
 # ----------------------------------------------------------------------------

@@ -139,3 +139,23 @@ def _result(future: ts.Future, leaf: Leaf, where: str) -> np.ndarray:
         ) from error
     except Exception as error:
         raise array_error(f"cannot read leaf {leaf.key} of {where}", error) from error
+
+
+def trailing_zero_rows(leaf: Leaf, array: ts.TensorStore, where: str) -> int:
+    """Number of all-zero rows at the end of a table, read backwards one row of chunks at a time.
+
+    Args:
+        leaf: a table [rows, columns].
+        array: its opened array.
+        where: path, for messages.
+    """
+    zeros, stop = 0, leaf.shape[0]
+    while stop > 0:
+        start = (stop - 1) // leaf.chunks[0] * leaf.chunks[0]
+        rows = _result(array[start:stop].read(order="C"), leaf, where).reshape(stop - start, -1)
+        used = np.flatnonzero(np.any(rows != 0, axis=1))
+        if used.size:
+            return zeros + (stop - start - 1 - int(used[-1]))
+        zeros += stop - start
+        stop = start
+    return zeros

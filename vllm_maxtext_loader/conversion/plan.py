@@ -159,6 +159,11 @@ def _plan(layout: Layout, wanted: Dims | None, where: str) -> Plan:
             unused += [(entry.leaf, "vision tower; the configuration is text-only") for entry in vision]
             notes.append("the checkpoint has a vision tower, the configuration has none: it is not loaded")
             found = dataclasses.replace(found, vision=None)
+        if found.vision is None and wanted.vision is not None:
+            notes.append("the configuration has a vision tower, the checkpoint has none: text only")
+            wanted = dataclasses.replace(wanted, vision=None)
+        if found.vocab > wanted.vocab:
+            notes.append(f"{found.vocab - wanted.vocab} rows beyond vocab_size {wanted.vocab} are padding: dropped")
         _compare(found, wanted, where)
         dims = wanted
     dtypes: dict[str, np.dtype] = {}

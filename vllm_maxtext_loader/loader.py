@@ -1,0 +1,215 @@
+"""`--load-format maxtext`: vLLM's model loader for MaxText checkpoints.
+
+The way of the weights: plan (metadata only; every refusal happens here) -> boxes in stored order -> Hugging Face
+tensors -> `model.load_weights`, vLLM's own packing and sharding -> completeness check in both directions.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from vllm.logger import init_logger
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+from vllm.model_executor.model_loader.weight_utils import enable_tqdm
+
+from vllm_maxtext_loader.engine import check_vllm_version
+from vllm_maxtext_loader.errors import EngineError, IncompleteLoadError
+from vllm_maxtext_loader.options import Options
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+    from vllm.config.load import LoadConfig
+
+    from vllm_maxtext_loader.api import Checkpoint
+    from vllm_maxtext_loader.checkpoint.reader import Piece
+
+logger = init_logger("vllm." + __name__)
+
+GIB = 1 << 30
+
+
+class MaxTextModelLoader(BaseModelLoader):
+    """Loads vLLM's Gemma 4 from a MaxText checkpoint."""
+
+    def __init__(self, load_config: LoadConfig) -> None:
+        super().__init__(load_config)
+        check_vllm_version()
+        extra = load_config.model_loader_extra_config
+        self.options = Options.parse(extra if isinstance(extra, dict) else None)
+
+    def download_model(self, model_config: ModelConfig) -> None:
+        """Nothing is downloaded ahead: chunks are streamed while loading."""
+
+    def create_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
+        """Builds the empty model; on tpu-inference, layers will move to the device one by one."""
+        # The plan is made before the model: a wrong checkpoint must not cost the minutes a model takes to build.
+        self._checkpoint = self._open(model_config)
+        model = super().create_model(vllm_config, model_config, prefix)
+        if _on_tpu_inference():
+            from vllm_maxtext_loader.tpu import release_finished_layers
+
+            release_finished_layers(model)
+        return model
+
+    def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
+        """Fills the model.
+
+        Raises:
+            MaxTextLoadError: one of its kinds; see `vllm_maxtext_loader.errors`.
+        """
+        checkpoint = getattr(self, "_checkpoint", None) or self._open(model_config)
+        started = time.perf_counter()
+        fold = self._fold_expert_scales(checkpoint)
+        wanted = _weights_of(model)
+        meter = _Meter(checkpoint, enable_tqdm(self.load_config.use_tqdm_on_load))
+        given: set[str] = set()
+        try:
+            loaded = model.load_weights(
+                _watched(meter.stream(fold=fold, dtype=model_config.dtype), given)  # type: ignore[operator]
+            )
+        finally:
+            meter.close()
+        _check_complete(checkpoint, wanted, set(loaded or ()), given)
+        meter.report(time.perf_counter() - started)
+
+    def _open(self, model_config: ModelConfig) -> Checkpoint:
+        from vllm_maxtext_loader.api import open_checkpoint
+
+        options = self.options
+        if options.checkpoint is None and model_config.model_weights == "":
+            options = Options(checkpoint=model_config.model, step=options.step, model_name=options.model_name)
+        if options.checkpoint is None:
+            raise EngineError("--load-format maxtext: no checkpoint was named.")
+        checkpoint = open_checkpoint(
+            options.checkpoint,
+            step=options.step,
+            model_name=options.model_name,
+            concurrent_gib=options.concurrent_gib,
+        ).with_config(model_config.hf_config)
+        for note in checkpoint.plan.notes:
+            logger.warning("%s: %s", checkpoint.plan.where, note)
+        return checkpoint
+
+    def _fold_expert_scales(self, checkpoint: Checkpoint) -> bool:
+        """Whether per_expert_scale goes into down_proj; says what was decided and why."""
+        asked = self.options.fold_expert_scales
+        if checkpoint.plan.dims.experts is None:
+            return False
+        if asked != "auto":
+            logger.info("per_expert_scale is %s, as asked.", "folded into down_proj" if asked else "left as it is")
+            return asked
+        if _on_tpu_inference():
+            logger.info(
+                "per_expert_scale is folded into down_proj (float32, one rounding) and loaded as ones: tpu-inference's "
+                "torchax path loads it and never applies it (vllm-project/tpu-inference issue 2332)."
+            )
+            return True
+        logger.info("per_expert_scale is left as it is: this backend applies it.")
+        return False
+
+
+class _Meter:
+    """Progress bar, and where the time went."""
+
+    def __init__(self, checkpoint: Checkpoint, show: bool) -> None:
+        self.checkpoint = checkpoint
+        self.waited = self.converted = 0.0
+        self.bar = tqdm(
+            total=checkpoint.plan.nbytes,
+            desc="Loading MaxText checkpoint",
+            unit="B",
+            unit_scale=True,
+            unit_divisor=1024,
+            disable=not show,
+        )
+
+    def stream(self, *, fold: bool, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+        """The checkpoint's tensors, counted."""
+        return self.checkpoint.hf_weights(
+            fold_expert_scales=fold, dtype=dtype, on_wait=self._on_wait, on_piece=self._on_piece
+        )
+
+    def _on_wait(self, seconds: float) -> None:
+        self.waited += seconds
+
+    def _on_piece(self, piece: Piece, seconds: float) -> None:
+        self.converted += seconds
+        self.bar.set_postfix_str(piece.leaf.name[-40:], refresh=False)
+        self.bar.update(piece.array.nbytes)
+
+    def close(self) -> None:
+        """Leaves the terminal in order, whatever happened."""
+        self.bar.close()
+
+    def report(self, seconds: float) -> None:
+        """One line: what was loaded, from where, how fast, and where the time went."""
+        from vllm_maxtext_loader.conversion.layout import describe
+
+        plan, tree = self.checkpoint.plan, self.checkpoint.tree
+        gib = plan.nbytes / GIB
+        step = "" if tree.location.step is None else f" step {tree.location.step}"
+        skipped = f"; skipped {tree.skipped_nbytes / GIB:.2f} GiB of {_reasons(self.checkpoint)}" if tree.skipped else ""
+        place = max(0.0, seconds - self.waited - self.converted)
+        logger.info(
+            "Loaded %s%s: Gemma 4 (%s), %s, %d leaves into %d tensors, %.2f GiB in %.1f s (%.2f GiB/s): waiting for "
+            "storage and decoding %.1f s, converting %.1f s, placing %.1f s; peak host memory %.2f GiB%s.",
+            tree.location.items,
+            step,
+            describe(plan.layout),
+            tree.wrapper,
+            len(plan.leaves),
+            len(plan.targets),
+            gib,
+            seconds,
+            gib / seconds,
+            self.waited,
+            self.converted,
+            place,
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20),
+            skipped,
+        )
+
+
+def _reasons(checkpoint: Checkpoint) -> str:
+    return ", ".join(dict.fromkeys(entry.reason for entry in checkpoint.tree.skipped))
+
+
+def _watched(weights: Iterator[tuple[str, torch.Tensor]], given: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in weights:
+        given.add(name)
+        yield name, tensor
+
+
+def _weights_of(model: nn.Module) -> set[str]:
+    """Names of everything a checkpoint must fill: parameters (tied ones once) and the layer_scalar buffers."""
+    names = {name for name, _ in model.named_parameters()}
+    return names | {name for name, _ in model.named_buffers() if name.endswith("layer_scalar")}
+
+
+def _check_complete(checkpoint: Checkpoint, wanted: set[str], loaded: set[str], given: set[str]) -> None:
+    """Refuses a model with a weight that did not come from the checkpoint, or a tensor that went nowhere.
+
+    Raises:
+        IncompleteLoadError: with the names.
+    """
+    where = checkpoint.plan.where
+    if missing := sorted(wanted - loaded):
+        raise IncompleteLoadError(
+            f"{where}: {len(missing)} of {len(wanted)} parameters of the engine's model did not come from the "
+            f"checkpoint: {', '.join(missing[:8])}{', …' if len(missing) > 8 else ''}. This vLLM names its weights "
+            f"differently than vllm-maxtext-loader expects."
+        )
+    if left := sorted(set(checkpoint.plan.targets) - given):
+        raise IncompleteLoadError(f"{where}: {len(left)} tensors were not taken by the engine: {', '.join(left[:8])}.")
+
+
+def _on_tpu_inference() -> bool:
+    from vllm.platforms import current_platform
+
+    return current_platform.is_tpu()

@@ -1,0 +1,73 @@
+"""tpu-inference's side. The only module that imports tpu_inference.
+
+Written against tpu-inference 0.32.0: models/common/model_loader.py (which model class is built) and
+models/vllm/vllm_model_loader.py (a layer's host memory is released as soon as the layer is complete).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from vllm_maxtext_loader.errors import EngineError
+from vllm_maxtext_loader.plugin import LOAD_FORMAT
+
+if TYPE_CHECKING:
+    from torch import nn
+    from vllm.config import VllmConfig
+
+SUPPORTED_TPU_INFERENCE = "0.32"
+
+
+def check_tpu_inference_version() -> None:
+    """Refuses a tpu-inference this module was not written against.
+
+    Raises:
+        EngineError: with the version found and the version needed.
+    """
+    version = importlib.metadata.version("tpu-inference")
+    if version.split(".")[:2] != SUPPORTED_TPU_INFERENCE.split("."):
+        raise EngineError(
+            f"tpu-inference {version} is installed; this version of vllm-maxtext-loader works with "
+            f"{SUPPORTED_TPU_INFERENCE}.x (vllm-tpu=={SUPPORTED_TPU_INFERENCE}.0)."
+        )
+
+
+def enforce_vllm_model(module: ModuleType) -> None:
+    """Makes MODEL_IMPL_TYPE=auto mean "vllm" for this load format; other formats keep tpu-inference's choice.
+
+    Args:
+        module: tpu_inference.models.common.model_loader.
+    """
+    original = module.resolve_model_impl_type
+
+    @functools.wraps(original)
+    def resolve_model_impl_type(vllm_config: VllmConfig, is_draft_model: bool = False) -> str:
+        if is_draft_model or vllm_config.load_config.load_format != LOAD_FORMAT:
+            return original(vllm_config, is_draft_model)
+        check_tpu_inference_version()
+        asked = module.envs.MODEL_IMPL_TYPE
+        if asked not in ("auto", "vllm"):
+            raise EngineError(
+                f"MODEL_IMPL_TYPE={asked}: --load-format maxtext loads into vLLM's own Gemma 4. Unset MODEL_IMPL_TYPE."
+            )
+        return "vllm"
+
+    module.resolve_model_impl_type = resolve_model_impl_type
+
+
+def release_finished_layers(model: nn.Module) -> None:
+    """Lets every linear and expert layer go to the device, and its host memory go, as soon as it is complete."""
+    from tpu_inference.models.vllm.vllm_model_loader import attach_incremental_weight_loader
+
+    _TMP()
+    attach_incremental_weight_loader(model)
+
+
+def _TMP() -> None:
+    import torchax
+    import tpu_inference.layers.vllm.process_weights.cleanup_sharding as a
+    import tpu_inference.layers.vllm.quantization.unquantized as b
+    a._tensor_is_in_cpu = b._tensor_is_in_cpu = lambda t: not isinstance(t, torchax.tensor.Tensor)
