@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -13,6 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from vllm_maxtext_loader.plugin import CPU_ENVIRONMENT
+
+# Orbax, which writes test checkpoints, imports jax; without this it would look for a TPU.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+for _name, _value in CPU_ENVIRONMENT.items():
+    os.environ.setdefault(_name, _value)
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -79,5 +87,43 @@ def copy_case(tmp_path: Path) -> Callable[[str], Path]:
 
     def make(name: str) -> Path:
         return Path(shutil.copytree(FIXTURES / name, tmp_path / name))
+
+    return make
+
+
+Tree = dict[str, Any]
+
+
+def read_orbax(items: Path) -> Tree:
+    """A checkpoint's whole tree, restored by Orbax itself."""
+    import orbax.checkpoint as ocp
+
+    handler = ocp.PyTreeCheckpointHandler()
+    metadata = handler.metadata(items)
+    import jax
+    import numpy as np
+
+    restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata.tree)
+    return handler.restore(items, args=ocp.args.PyTreeRestore(restore_args=restore_args))
+
+
+def write_orbax(step: Path, tree: Tree, *, item: str = "items", ocdbt: bool = True, zarr3: bool = True) -> Path:
+    """Writes a step the way MaxText does, by Orbax itself; returns the item directory."""
+    import orbax.checkpoint as ocp
+
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=ocdbt, use_zarr3=zarr3)
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**{item: handler})) as checkpointer:
+        checkpointer.save(step, args=ocp.args.Composite(**{item: ocp.args.PyTreeSave(tree)}))
+    return step / item
+
+
+@pytest.fixture
+def edited(tmp_path: Path) -> Callable[..., Path]:
+    """A fixture rewritten by Orbax after `edit(params)` changed its tree in place: `edited("moe_v2", edit)`."""
+
+    def make(name: str, edit: Callable[[Tree], None], **kwargs: Any) -> Path:
+        tree = read_orbax(cases()[name].items)
+        edit(tree["params"]["params"])
+        return write_orbax(tmp_path / f"edited-{name}" / "0", tree, **kwargs)
 
     return make

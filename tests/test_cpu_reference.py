@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.metadata
 import importlib.util
 import logging
 import os
@@ -20,29 +21,28 @@ import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-jax = pytest.importorskip("jax")
-if importlib.util.find_spec("tpu_inference") is None:
+_SPEC = importlib.util.find_spec("tpu_inference")
+if _SPEC is None or not _SPEC.submodule_search_locations:
     pytest.skip("tpu-inference is not installed", allow_module_level=True)
 
+import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
 from vllm_maxtext_loader import cpu_reference  # noqa: E402
 
-TPU_INFERENCE = Path(next(iter(importlib.util.find_spec("tpu_inference").submodule_search_locations)))
+TPU_INFERENCE = Path(_SPEC.submodule_search_locations[0])
 
 
 @contextmanager
 def bare_tpu_inference() -> Iterator[None]:
-    """Make tpu_inference's kernel modules importable without its __init__, which imports all of vLLM (20 s)."""
-    before = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "tpu_inference"}
-    if "tpu_inference" in before:
+    """Let tpu_inference's kernels be imported without its __init__, which imports all of vLLM (20 s)."""
+    if "tpu_inference" in sys.modules:
         yield
         return
     package, log, utils = (ModuleType(f"tpu_inference{part}") for part in ("", ".logger", ".utils"))
-    package.__path__ = [str(TPU_INFERENCE)]
-    log.init_logger = logging.getLogger
-    utils.align_to = lambda a, b: -(-a // b) * b
-    utils.get_device_name = lambda: "cpu"
+    vars(package).update(__path__=[str(TPU_INFERENCE)])
+    vars(log).update(init_logger=logging.getLogger)
+    vars(utils).update(align_to=None, get_device_name=None)  # imported by name, not called
     sys.modules.update({module.__name__: module for module in (package, log, utils)})
     try:
         yield
@@ -71,7 +71,7 @@ def theirs() -> SimpleNamespace:
 # Ragged paged attention
 # ----------------------------------------------------------------------------
 
-# (new tokens, tokens in all): decoding, a whole prompt over several pages, a chunk of a prompt, decoding again.
+# (new tokens, tokens in all): decoding, a prompt over several pages, a chunk of a prompt, decoding.
 BATCH = [(1, 38), (45, 45), (7, 50), (1, 3)]
 
 
@@ -86,7 +86,7 @@ def make_batch(
     sequences: list[tuple[int, int]] = BATCH,
     padding: int = 9,
 ) -> dict[str, jax.Array]:
-    """Arguments of the kernels: random, with nan in every cache slot and batch row that must not be looked at."""
+    """Arguments of the kernels: random, nan in the cache slots and batch rows that must not be read."""
     rng = np.random.default_rng(0)
     cache_dtype = cache_dtype or dtype
     tokens = sum(new for new, _ in sequences) + padding
@@ -153,11 +153,9 @@ def check_against(
     [
         pytest.param({}, {}, id="plain"),
         pytest.param({"heads": (8, 1)}, {"sm_scale": 0.3}, id="one key head"),
-        pytest.param({"heads": (3, 3)}, {"sm_scale": 0.3}, id="no groups"),
-        pytest.param({"head_dim": 32}, {"sm_scale": 1.0}, id="head_dim padded"),
+        pytest.param({"heads": (3, 3), "head_dim": 32}, {"sm_scale": 0.3}, id="no groups, head_dim padded"),
         pytest.param({"head_dim": 256, "page_size": 32}, {"sliding_window": 5, "sm_scale": 0.1}, id="window"),
-        pytest.param({"head_dim": 72}, {"sliding_window": 1}, id="window of one"),
-        pytest.param({}, {"soft_cap": 3.0}, id="soft cap"),
+        pytest.param({"head_dim": 72}, {"sliding_window": 1, "soft_cap": 3.0}, id="window of one, soft cap"),
         pytest.param({}, {"use_causal_mask": False, "sm_scale": 0.1}, id="both ways"),
         pytest.param({"sequences": [(150, 400), (1, 300)], "page_size": 8}, {"sm_scale": 0.1}, id="long"),
         pytest.param({"sequences": [(40, 600)]}, {"sliding_window": 300, "sm_scale": 0.1}, id="long, window"),
@@ -173,14 +171,13 @@ def test_ragged_paged_attention(theirs: Any, shape: dict[str, Any], options: dic
 
 
 @pytest.mark.parametrize(
-    ("dtype", "options"),
+    ("dtype", "options", "sink"),
     [
-        (jnp.float32, {"sm_scale": 0.2}),
-        (jnp.float32, {"sm_scale": 0.2, "sliding_window": 9, "soft_cap": 2.0}),
-        (jnp.bfloat16, {"sm_scale": 0.2}),
+        (jnp.float32, {"sm_scale": 0.2}, False),
+        (jnp.float32, {"sm_scale": 0.2, "sliding_window": 9, "soft_cap": 2.0}, True),
+        (jnp.bfloat16, {"sm_scale": 0.2}, True),
     ],
 )
-@pytest.mark.parametrize("sink", [False, True], ids=["", "sink"])
 def test_ragged_paged_attention_hd64(theirs: Any, dtype: Any, options: dict[str, Any], sink: bool) -> None:
     batch = make_batch(theirs.hd64.get_kv_cache_shape, head_dim=64, dtype=dtype, heads=(6, 3))
     sinks = [jnp.linspace(-1.0, 2.0, 6)] if sink else []
@@ -251,7 +248,7 @@ def test_one_batch_without_sequences(theirs: Any) -> None:
 
 
 def test_attention_memory_does_not_grow_with_the_context(theirs: Any) -> None:
-    """256 Ki tokens of context for each of 16 slots, Gemma 4's global layers: 4 GiB of keys if gathered."""
+    """256 Ki tokens of context in 16 slots of a global layer: 16 GiB if all pages were gathered."""
     slots, page_size = 16, 64
     shapes = {
         "queries": ((64, 16, 512), jnp.bfloat16),
@@ -303,17 +300,16 @@ def grouped_matmul_numpy(
     return 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))) * up
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(
-    ("sizes", "offset", "groups", "act", "bias"),
+    ("dtype", "sizes", "offset", "groups", "act", "bias"),
     [
-        ([5, 0, 70, 1, 0, 14], 0, 6, None, False),
-        ([5, 0, 70, 1, 0, 14], 0, 6, "gelu", True),
-        ([5, 0, 70, 1, 0, 14], 2, 2, "silu", False),
-        ([5, 0, 70, 1, 0, 14], 3, 3, "gelu_tanh", True),
-        ([0, 0, 0, 90], 0, 2, None, True),
-        ([90, 0, 0, 0], 0, 4, "silu", False),
-        ([3, 3, 3, 3], 1, 2, None, True),
+        (jnp.float32, [5, 0, 70, 1, 0, 14], 0, 6, None, False),
+        (jnp.bfloat16, [5, 0, 70, 1, 0, 14], 0, 6, "gelu", True),
+        (jnp.bfloat16, [5, 0, 70, 1, 0, 14], 2, 2, "silu", False),
+        (jnp.float32, [5, 0, 70, 1, 0, 14], 3, 3, "gelu_tanh", True),
+        (jnp.float32, [0, 0, 0, 90], 0, 2, None, True),
+        (jnp.float32, [90, 0, 0, 0], 0, 4, "silu", False),
+        (jnp.bfloat16, [3, 3, 3, 3], 1, 2, None, True),
     ],
 )
 def test_grouped_matmul(dtype: Any, sizes: list[int], offset: int, groups: int, act: Any, bias: bool) -> None:
@@ -401,9 +397,10 @@ def test_gather_rows() -> None:
 # ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("length", [20, 300, 512])
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize(("bias", "segments"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize(
+    ("length", "causal", "bias", "segments"),
+    [(20, False, True, False), (300, False, False, True), (300, True, True, True), (512, True, False, False)],
+)
 def test_flash_attention(theirs: Any, length: int, causal: bool, bias: bool, segments: bool) -> None:
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.normal(size=(2, 3, length, 16)), jnp.float32) for _ in range(3))
@@ -420,60 +417,47 @@ def test_flash_attention(theirs: Any, length: int, causal: bool, bias: bool, seg
 # Several devices
 # ----------------------------------------------------------------------------
 
-SHARDED = """
-import jax, jax.numpy as jnp, numpy as np
-from jax.sharding import PartitionSpec as P
-from vllm_maxtext_loader import cpu_reference as cpu
 
-assert cpu.requested_devices() == 4 == len(jax.devices())
-mesh = cpu.make_mesh((1, 4), ("data", "model"))
-rng = np.random.default_rng(0)
-x, w = jnp.asarray(rng.normal(size=(50, 8)), jnp.float32), jnp.asarray(rng.normal(size=(8, 8, 6)), jnp.float32)
-sizes = jnp.asarray([9, 0, 20, 1, 0, 0, 10, 10], jnp.int32)
+def sharded() -> None:
+    """What `test_under_shard_map` runs in a process of its own, where JAX has four devices."""
+    spec = jax.sharding.PartitionSpec
+    assert cpu_reference.requested_devices() == 4 == len(jax.devices())
+    mesh = cpu_reference.make_mesh((1, 4), ("data", "model"))
+    with pytest.raises(RuntimeError, match="--xla_force_host_platform_device_count=8"):
+        cpu_reference.make_mesh((2, 4), ("data", "model"))
+    rng = np.random.default_rng(0)
 
-@jax.jit
-def experts(x, w):  # each device holds two of the experts
-    def local(x, w, offset):
-        return jax.lax.psum(cpu.grouped_matmul(x, w, None, None, sizes, offset), "model")
-    specs = (P(), P("model"), P("model"))
-    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)(x, w, jnp.arange(0, 8, 2))
+    # Two of the experts on each device.
+    x = jnp.asarray(rng.normal(size=(50, 8)), jnp.float32)
+    experts = jnp.asarray(rng.normal(size=(8, 8, 6)), jnp.float32)
+    sizes = jnp.asarray([9, 0, 20, 1, 0, 0, 10, 10], jnp.int32)
 
-np.testing.assert_allclose(experts(x, w), cpu.grouped_matmul(x, w, None, None, sizes, jnp.asarray([0])), atol=1e-5)
+    def local_experts(x: jax.Array, experts: jax.Array, offset: jax.Array) -> jax.Array:
+        out = cpu_reference.grouped_matmul(x, experts, None, None, sizes, offset)
+        return jax.lax.psum(out, "model")
 
-q, k, v = (jnp.asarray(rng.normal(size=(12, 8, 128)), jnp.float32) for _ in range(3))
-cache = jnp.zeros((5, 8, 16, 1, 128))
-rest = [jnp.asarray(a, jnp.int32) for a in ([12], [3, 1], [0, 12], [0, 0, 1])]
+    specs = (spec(), spec("model"), spec("model"))
+    split = jax.shard_map(local_experts, mesh=mesh, in_specs=specs, out_specs=spec(), check_vma=False)
+    expected = grouped_matmul_numpy(x, experts, None, np.asarray(sizes), 0, None)
+    np.testing.assert_allclose(jax.jit(split)(x, experts, jnp.arange(0, 8, 2)), expected, atol=1e-5)
 
-@jax.jit
-def attention(*args):  # each device holds two of the heads
-    specs = (P(None, "model"),) * 3 + (P(None, None, "model"),) + (P(),) * 4
-    return jax.shard_map(cpu.ragged_paged_attention, mesh=mesh, in_specs=specs, out_specs=specs[2:4], check_vma=False)(*args)
-
-for ours, whole in zip(attention(q, k, v, cache, *rest), cpu.ragged_paged_attention(q, k, v, cache, *rest)):
-    np.testing.assert_allclose(ours, whole, atol=1e-5)
-
-try:
-    cpu.make_mesh((2, 4), ("data", "model"))
-except RuntimeError as error:
-    assert "--xla_force_host_platform_device_count=8" in str(error), error
-else:
-    raise AssertionError("8 devices of 4")
-"""
+    # Two of the heads on each device.
+    q, k, v = (jnp.asarray(rng.normal(size=(12, 8, 128)), jnp.float32) for _ in range(3))
+    pages = [jnp.asarray(a, jnp.int32) for a in ([12], [3, 1], [0, 12], [0, 0, 1])]
+    arguments = (q, k, v, jnp.zeros((5, 8, 16, 1, 128)), *pages)
+    specs = (spec(None, "model"),) * 3 + (spec(None, None, "model"),) + (spec(),) * 4
+    attention = cpu_reference.ragged_paged_attention
+    split = jax.shard_map(attention, mesh=mesh, in_specs=specs, out_specs=specs[2:4], check_vma=False)
+    for ours, whole in zip(jax.jit(split)(*arguments), jax.jit(attention)(*arguments), strict=True):
+        np.testing.assert_allclose(ours, whole, atol=1e-5)
 
 
 def test_under_shard_map() -> None:
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-    }
+    flags = "--xla_force_host_platform_device_count=4"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    command = [sys.executable, __file__]
     result = subprocess.run(
-        [sys.executable, "-c", SHARDED],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
+        command, env=environment, capture_output=True, text=True, timeout=200, check=False
     )
     assert result.returncode == 0, result.stderr
 
@@ -544,7 +528,7 @@ def test_install_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_reference, "_installed", False)
     monkeypatch.setattr(cpu_reference.jax, "config", SimpleNamespace(jax_platforms="cpu"))
     monkeypatch.setattr(importlib.metadata, "version", missing)
-    with pytest.raises(RuntimeError, match="vllm-tpu==0.32.0"):
+    with pytest.raises(RuntimeError, match=r"vllm-tpu==0\.32\.0"):
         cpu_reference.install()
 
 
@@ -570,24 +554,50 @@ def test_replace_reaches_earlier_imports(monkeypatch: pytest.MonkeyPatch) -> Non
     def old() -> None: ...
 
     origin, copy, stranger = (
-        ModuleType("tpu_inference.origin"),
-        ModuleType("tpu_inference.copy"),
-        ModuleType("other"),
+        SimpleNamespace(__name__=name, f=old)
+        for name in ("tpu_inference.origin", "tpu_inference.copy", "other")
     )
     for module in (origin, copy, stranger):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    origin.f = copy.alias = stranger.f = old
+    copy.alias = old
     cpu_reference._replace("tpu_inference.origin", "f", "new")
-    assert (origin.f, copy.alias, stranger.f) == ("new", "new", old)
+    assert (origin.f, copy.f, copy.alias, stranger.f) == ("new", "new", "new", old)
 
 
-def test_device_count_is_checked_with_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_install_extends_the_platform(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a platform of our own: the real one takes all of vLLM with it."""
+    calls = []
+
+    class Platform:
+        @classmethod
+        def check_and_update_config(cls, vllm_config: Any) -> None:
+            calls.append(vllm_config)
+
+        @classmethod
+        def register_triton_kernel_overrides(cls) -> str:
+            return "theirs"
+
+    module = SimpleNamespace(__name__="tpu_inference.platforms.tpu_platform", TpuPlatform=Platform)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(cpu_reference, "_installed", False)
     monkeypatch.setattr(cpu_reference, "requested_devices", lambda: 2)
-    seen = []
-    check = cpu_reference._check_device_count(lambda cls, config: seen.append(config))
+    monkeypatch.setattr(cpu_reference, "replace_kernels", lambda: calls.append("ours"))
+    for name in cpu_reference.environment():
+        monkeypatch.setenv(name, "")
+    cpu_reference.install()
+    cpu_reference.install()
+
     config = SimpleNamespace(sharding_config=SimpleNamespace(total_devices=2))
-    check(object, config)
-    assert seen == [config]
+    Platform.check_and_update_config(config)
+    assert calls == [config]
     config.sharding_config.total_devices = 4
     with pytest.raises(RuntimeError, match="--xla_force_host_platform_device_count=4"):
-        check(object, config)
+        Platform().check_and_update_config(vllm_config=config)
+
+    calls.clear()
+    assert Platform().register_triton_kernel_overrides() == "theirs"
+    assert calls == ["ours"]
+
+
+if __name__ == "__main__":
+    sharded()

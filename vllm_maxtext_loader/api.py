@@ -86,6 +86,7 @@ class Checkpoint:
         dtype: torch.dtype | None = None,
         on_wait: Callable[[float], None] | None = None,
         on_piece: Callable[[Piece, float], None] | None = None,
+        through: Callable[[Iterator[Piece]], Iterator[Piece]] | None = None,
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields every tensor of the model under its Hugging Face name, streaming.
 
@@ -95,12 +96,13 @@ class Checkpoint:
             dtype: dtype of all tensors; None keeps the stored dtype.
             on_wait: told the seconds spent waiting for each box of decoded data.
             on_piece: told each box, and the seconds it took to convert.
+            through: sees every box first and passes on those it does not take for itself; tensors all of whose
+                boxes it takes are not yielded.
 
         Raises:
             ReadError: a chunk is missing, truncated or corrupt.
             StorageError: the storage refuses or does not answer.
         """
-        numpy_dtype = None if dtype is None else _numpy_dtype(dtype)
         plan = self._trimmed()
         pieces = read_pieces(
             [entry.leaf for entry in plan.leaves],
@@ -109,8 +111,14 @@ class Checkpoint:
             plan.where,
             on_wait=on_wait,
         )
+        if through is not None:
+            pieces = through(pieces)
         for name, array in convert(
-            plan, pieces, dtype=numpy_dtype, fold_expert_scales=fold_expert_scales, on_piece=on_piece
+            plan,
+            pieces,
+            dtype=None if dtype is None else numpy_dtype(dtype),
+            fold_expert_scales=fold_expert_scales,
+            on_piece=on_piece,
         ):
             yield name, to_torch(array)
 
@@ -129,7 +137,7 @@ class Checkpoint:
             vocab = PUBLISHED_VOCAB
         elif vocab != PUBLISHED_VOCAB:
             leaf = self.tree.leaves[".".join(ANCHOR)]
-            vocab -= trailing_zero_rows(leaf, self.tree.arrays[leaf.key], self.plan.where)
+            vocab -= trailing_zero_rows(leaf, self.tree.arrays, self.plan.where)
         if vocab != self.plan.dims.vocab:
             logger.info("Dropping %d padded vocabulary rows of %s", self.plan.dims.vocab - vocab, self.plan.where)
             self.plan = make_plan(self.tree, dataclasses.replace(self.plan.dims, vocab=vocab))
@@ -170,7 +178,7 @@ def to_torch(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(array)
 
 
-def _numpy_dtype(dtype: torch.dtype) -> np.dtype:
+def numpy_dtype(dtype: torch.dtype) -> np.dtype:
     import torch
 
     known = {

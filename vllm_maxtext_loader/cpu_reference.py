@@ -10,9 +10,8 @@ The replacements compute in float32 and round once, so they are at least as exac
 slow. What they do not support they refuse by name. Kernels of other models (MLA, GDN, fused EP MoE, context
 parallelism) are not replaced: they fail on the CPU, they do not compute something else.
 
-This module imports jax, so the plugin imports it only when JAX_PLATFORMS=cpu. vllm and tpu_inference are
-imported by `install()` alone. The kernels are ordinary functions of arrays, usable (and tested) without the
-engine.
+This module imports jax, so the plugin imports it only when JAX_PLATFORMS=cpu. tpu_inference is imported by
+`install()` alone. The kernels are ordinary functions of arrays, usable (and tested) without the engine.
 """
 
 from __future__ import annotations
@@ -28,16 +27,13 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import AxisType, Mesh
-
-if TYPE_CHECKING:
-    from vllm.config import VllmConfig
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +51,7 @@ _ROW_BLOCK = 32
 _LOWEST = -1e30
 
 _installed = False
+_replaced = False
 
 
 # ----------------------------------------------------------------------------
@@ -726,9 +723,9 @@ def _unavailable(what: str) -> Callable[..., Any]:
 _KERNELS = "tpu_inference.kernels"
 _LAYERS = "tpu_inference.layers.common"
 
-# What `install` replaces by its name: (module, function, what takes its place). The compiler options are
-# empty because the CPU's compiler knows none of the xla_tpu_* ones; jax.jit calls on the way of a plain
-# model take theirs from these two functions.
+# What `replace_kernels` replaces by its name: (module, function, what takes its place). The compiler options
+# are empty because the CPU's compiler knows none of the xla_tpu_* ones; the jax.jit calls on the way of a
+# plain model take theirs from these two functions.
 REPLACEMENTS: tuple[tuple[str, str, Callable[..., Any]], ...] = (
     ("tpu_inference.utils", "make_optimized_mesh", make_mesh),
     ("tpu_inference.utils", "hbm_usage_bytes", memory_usage),
@@ -757,10 +754,11 @@ REPLACEMENTS: tuple[tuple[str, str, Callable[..., Any]], ...] = (
 
 
 def install() -> None:
-    """Put this module's functions in tpu-inference's place, in a process that runs vLLM on the CPU.
+    """Have vLLM's workers in this process run on the CPU with this module's functions.
 
-    Meant for the plugin's `register()`, which vLLM calls in EngineArgs.__post_init__ and in each process it
-    starts. It starts no JAX backend, and a second call does nothing.
+    Meant for the plugin's `register()`, which vLLM calls in the user's process and in each process it starts.
+    It imports no kernel and starts no JAX backend; `replace_kernels` does its work when a worker starts. A
+    second call does nothing.
 
     Raises:
         RuntimeError: JAX is not told to run on the CPU, or tpu-inference is missing or of another version.
@@ -771,7 +769,23 @@ def install() -> None:
     _require_cpu()
     _require_tpu_inference()
     prepare_environment()
+    platform = importlib.import_module("tpu_inference.platforms.tpu_platform").TpuPlatform
+    _extend(platform, "check_and_update_config", _check_device_count)
+    # vLLM's hook for platforms that bring fallbacks for kernels: called in the worker's process, just before
+    # the worker's class is imported (v1/worker/worker_base.py, init_worker).
+    _extend(platform, "register_triton_kernel_overrides", replace_kernels)
+    _installed = True
 
+
+def replace_kernels() -> None:
+    """Replace tpu-inference's functions in this process, and say so in one WARNING.
+
+    `install` arranges for it. Only code that uses tpu-inference without a vLLM worker has to call it.
+    """
+    global _replaced
+    if _replaced:
+        return
+    _require_cpu()
     for module, name, new in REPLACEMENTS:
         _replace(module, name, new)
     interface = importlib.import_module("tpu_inference.layers.common.attention_interface")
@@ -781,12 +795,7 @@ def install() -> None:
     sampling = importlib.import_module("tpu_inference.layers.jax.sample.sampling")
     sample = jax.jit(sampling.sample.__wrapped__, static_argnames=("mesh", "allow_distributed_sampling"))
     _replace(sampling.__name__, "sample", sample)
-    platform = importlib.import_module("tpu_inference.platforms.tpu_platform").TpuPlatform
-    platform.check_and_update_config = classmethod(
-        _check_device_count(platform.check_and_update_config.__func__)
-    )
-
-    _installed = True
+    _replaced = True
     logger.warning(
         "JAX runs on the CPU: TPU kernels are replaced by plain JAX reference code; right, but slow. "
         "For tests, not for serving."
@@ -827,18 +836,22 @@ def _replace(module: str, name: str, new: Any) -> None:
                     setattr(other, attribute, new)
 
 
-def _check_device_count(check_and_update_config: Callable[..., None]) -> Callable[..., None]:
-    """TpuPlatform.check_and_update_config that also looks whether JAX will have enough devices.
+def _extend(owner: type, name: str, after: Callable[..., None]) -> None:
+    """Make owner's class method also call `after` with its arguments."""
+    original = getattr(owner, name).__func__
 
-    This is in the user's process and at once, not a minute later in the log of the EngineCore.
-    """
+    @functools.wraps(original)
+    def extended(cls: type, *args: Any, **kwargs: Any) -> Any:
+        result = original(cls, *args, **kwargs)
+        after(*args, **kwargs)
+        return result
 
-    @functools.wraps(check_and_update_config)
-    def checked(cls: type, vllm_config: VllmConfig) -> None:
-        check_and_update_config(cls, vllm_config)
-        _require_devices(vllm_config.sharding_config.total_devices, requested_devices())
+    setattr(owner, name, classmethod(extended))
 
-    return checked
+
+def _check_device_count(vllm_config: Any) -> None:
+    """Refuse in the user's process and at once, not a minute later in the log of the EngineCore."""
+    _require_devices(vllm_config.sharding_config.total_devices, requested_devices())
 
 
 def _allow_hd64_sharing(original: Callable[..., Any]) -> Callable[..., Any]:

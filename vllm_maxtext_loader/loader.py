@@ -6,6 +6,8 @@ tensors -> `model.load_weights`, vLLM's own packing and sharding -> completeness
 
 from __future__ import annotations
 
+import functools
+import os
 import resource
 import time
 from collections.abc import Iterator
@@ -18,6 +20,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.weight_utils import enable_tqdm
 
+from vllm_maxtext_loader.api import numpy_dtype
 from vllm_maxtext_loader.engine import check_vllm_version
 from vllm_maxtext_loader.errors import EngineError, IncompleteLoadError
 from vllm_maxtext_loader.options import Options
@@ -32,6 +35,8 @@ if TYPE_CHECKING:
 logger = init_logger("vllm." + __name__)
 
 GIB = 1 << 30
+DIRECT_VARIABLE = "VLLM_MAXTEXT_DIRECT"
+"""Set to 0 to load through Hugging Face tensors and `model.load_weights` on tpu-inference too."""
 
 
 class MaxTextModelLoader(BaseModelLoader):
@@ -69,13 +74,26 @@ class MaxTextModelLoader(BaseModelLoader):
         wanted = _weights_of(model)
         meter = _Meter(checkpoint, enable_tqdm(self.load_config.use_tqdm_on_load))
         given: set[str] = set()
+        through = None
+        placed: set[str] = set()
+        if self._places_directly(model_config):
+            from vllm_maxtext_loader.tpu.direct import DirectPlacer
+
+            placer = DirectPlacer(model, checkpoint.plan, numpy_dtype(model_config.dtype), fold)
+            given, placed = placer.targets(), placer.placed
+            through = functools.partial(placer.stream, on_place=meter.on_place)
+        weights = checkpoint.hf_weights(
+            fold_expert_scales=fold,
+            dtype=model_config.dtype,
+            on_wait=meter.on_wait,
+            on_piece=meter.on_piece,
+            through=through,
+        )
         try:
-            loaded = model.load_weights(
-                _watched(meter.stream(fold=fold, dtype=model_config.dtype), given)  # type: ignore[operator]
-            )
+            loaded = model.load_weights(_watched(weights, given))  # type: ignore[operator]
         finally:
             meter.close()
-        _check_complete(checkpoint, wanted, set(loaded or ()), given)
+        _check_complete(checkpoint, wanted, set(loaded or ()) | placed, given)
         meter.report(time.perf_counter() - started)
 
     def _open(self, model_config: ModelConfig) -> Checkpoint:
@@ -95,6 +113,12 @@ class MaxTextModelLoader(BaseModelLoader):
         for note in checkpoint.plan.notes:
             logger.warning("%s: %s", checkpoint.plan.where, note)
         return checkpoint
+
+    def _places_directly(self, model_config: ModelConfig) -> bool:
+        """Whether chunks go straight to the device (tpu-inference, unquantized), without torch in between."""
+        if not _on_tpu_inference() or model_config.quantization is not None:
+            return False
+        return os.environ.get(DIRECT_VARIABLE, "1").lower() not in ("0", "false")
 
     def _fold_expert_scales(self, checkpoint: Checkpoint) -> bool:
         """Whether per_expert_scale goes into down_proj; says what was decided and why."""
@@ -129,17 +153,17 @@ class _Meter:
             disable=not show,
         )
 
-    def stream(self, *, fold: bool, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-        """The checkpoint's tensors, counted."""
-        return self.checkpoint.hf_weights(
-            fold_expert_scales=fold, dtype=dtype, on_wait=self._on_wait, on_piece=self._on_piece
-        )
-
-    def _on_wait(self, seconds: float) -> None:
+    def on_wait(self, seconds: float) -> None:
+        """Counts time spent waiting for a decoded box."""
         self.waited += seconds
 
-    def _on_piece(self, piece: Piece, seconds: float) -> None:
+    def on_piece(self, piece: Piece, seconds: float) -> None:
+        """Counts a box that was converted on the host."""
         self.converted += seconds
+        self.on_place(piece)
+
+    def on_place(self, piece: Piece) -> None:
+        """Counts a box that was placed on the device."""
         self.bar.set_postfix_str(piece.leaf.name[-40:], refresh=False)
         self.bar.update(piece.array.nbytes)
 

@@ -9,7 +9,7 @@ module of vLLM or tpu-inference is told when that module is imported (wrapt's po
 | vllm.engine.arg_utils                   | EngineArgs learns that `model` may be a MaxText checkpoint (`engine`) |
 | vllm.model_executor.model_loader        | the load format `maxtext` is registered (`loader`)                   |
 | tpu_inference.models.common.model_loader | for this load format, "auto" means vLLM's own model (`tpu`)           |
-| tpu_inference.runner.tpu_runner         | only with JAX_PLATFORMS=cpu: reference kernels (`cpu_reference`)      |
+| tpu_inference.platforms.tpu_platform    | only with JAX_PLATFORMS=cpu: reference kernels (`cpu_reference`)      |
 
 Nothing changes for other load formats; with JAX_PLATFORMS=cpu the reference kernels serve all of them, since none
 would run there without.
@@ -51,7 +51,7 @@ def register() -> None:
     if jax_on_cpu():
         for name, value in CPU_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        wrapt.register_post_import_hook(_on_tpu_runner, "tpu_inference.runner.tpu_runner")
+        wrapt.register_post_import_hook(_on_tpu_platform, "tpu_inference.platforms.tpu_platform")
 
 
 def jax_on_cpu() -> bool:
@@ -78,7 +78,7 @@ def _on_tpu_model_loader(module: ModuleType) -> None:
     enforce_vllm_model(module)
 
 
-def _on_tpu_runner(module: ModuleType) -> None:
+def _on_tpu_platform(module: ModuleType) -> None:
     del module
     from vllm_maxtext_loader.cpu_reference import install
 

@@ -4,9 +4,11 @@ MaxText writes `<run>/checkpoints/<step>/<item>/…`; a user may name the run's 
 a step or the item itself. The item is `items` (MaxText) or `model_params` (Tunix), and is known by
 its `_METADATA` file.
 
-When a checkpoint counts as committed (orbax-checkpoint 0.12.8 `_src/path/atomicity.py`):
-in a bucket, `<step>/commit_success.txt` exists; on a disk, the directory has been renamed from its
-`….orbax-checkpoint-tmp…` name. On both, `_CHECKPOINT_METADATA` has received its commit time.
+When a checkpoint counts as committed (orbax-checkpoint 0.12.8 `_src/path/atomicity.py`): in a bucket, it holds
+`commit_success.txt`; on a disk, it has been renamed from its `….orbax-checkpoint-tmp…` name. Just before, on both,
+its `_CHECKPOINT_METADATA` has received the commit time; a copy of a step that has none is refused, wherever it lies.
+The mark belongs to the directory Orbax was told to save to: the step, or, where a writer saved a single tree
+(MaxText's parameter-only checkpoints), the item.
 """
 
 from __future__ import annotations
@@ -16,11 +18,13 @@ import json
 import logging
 import os
 import re
+from collections.abc import Iterable, Sequence
 
 from vllm_maxtext_loader.checkpoint.storage import Location
 from vllm_maxtext_loader.errors import (
     CheckpointNotFoundError,
     CorruptMetadataError,
+    MaxTextLoadError,
     NotACheckpointError,
     StepNotFoundError,
     UncommittedCheckpointError,
@@ -35,7 +39,8 @@ TMP_MARK = ".orbax-checkpoint-tmp"
 ITEM_NAMES = ("items", "model_params", "default", "state", "params", "pytree")
 """Item directories in order of preference: MaxText's, Tunix's, then Orbax's own defaults."""
 
-_STEP_NAME = re.compile(r"(?:.*[_-])?(\d+)")
+_STEP_NAME = re.compile(r"(?:.+_)?([0-9]{1,18})")
+"""Orbax's step directories: "30", "000030", "checkpoint_30"."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,55 +63,82 @@ class ItemLocation:
 def locate(path: str | os.PathLike[str], step: int | None = None) -> ItemLocation:
     """Finds the item directory that `path` means, and checks that it was committed.
 
+    In a bucket this takes three requests for a step or an item, one more for a run, and two more per step that is
+    skipped because it is not committed.
+
     Args:
         path: items directory, step directory or run's checkpoint directory; local or gs://.
         step: step to take from a run's checkpoint directory; None means the newest committed one.
 
     Raises:
         CheckpointNotFoundError, NotACheckpointError, UncommittedCheckpointError, StepNotFoundError,
-        StorageError: each with what was found instead.
+        CorruptMetadataError, StorageError: each with what was found instead.
     """
     requested = Location.parse(path)
     _refuse_temporary(requested)
     names = _list(requested)
-    if TREE_METADATA in names:
-        return _committed(requested, requested, requested.parent, step)
-    if found := _item_of(requested, names):
-        return _committed(requested, found, requested, step)
-    return _from_run(requested, names, step)
+    items = _item_of(requested, names)
+    if items is None and STEP_METADATA not in names and COMMIT_FILE not in names:
+        return _from_run(requested, names, step)
+    located = _committed(requested, requested, names, items)
+    if step is not None and step != located.step:
+        found = "names no step" if located.step is None else f"names step {located.step}"
+        raise StepNotFoundError(
+            f"{requested}: step {step} is wanted, but the path {found}. Give the run's checkpoint directory, or leave "
+            f"out the step."
+        )
+    return located
 
 
 def _list(location: Location) -> list[str]:
+    """Names in the directory the user means.
+
+    Raises:
+        CheckpointNotFoundError, NotACheckpointError: there is none, or it is empty.
+    """
     try:
-        names = location.listdir()
-    except FileNotFoundError:
-        names = []
+        if names := location.listdir():
+            return names
+        raise NotACheckpointError(f"{location}: the directory is empty; expected a checkpoint that Orbax wrote.")
     except NotADirectoryError:
-        names = []
-    if names:
-        return names
-    if not location.is_remote and os.path.isdir(location.url):
-        raise NotACheckpointError(f"{location}: the directory is empty.")
+        pass
+    except FileNotFoundError:
+        if not location.is_remote and os.path.islink(location.url):
+            raise CheckpointNotFoundError(
+                f"{location}: is a symbolic link to {os.readlink(location.url)}, which does not exist."
+            ) from None
+    if location.parent is not None and location.is_file():
+        raise NotACheckpointError(
+            f"{location}: is a file; expected a directory that Orbax wrote: an items directory, a step or a run's "
+            f"checkpoint directory."
+        )
+    raise CheckpointNotFoundError(f"{location}: no such checkpoint directory.{_beside(location)}")
+
+
+def _beside(location: Location) -> str:
+    """What lies where the directory was expected, to help with a mistyped name."""
     parent = location.parent
-    beside = ""
-    if parent is not None:
-        try:
-            siblings = parent.listdir()[:8]
-            beside = f" {parent} holds: {', '.join(siblings)}." if siblings else ""
-        except (FileNotFoundError, NotADirectoryError, ValueError):
-            beside = ""
-    raise CheckpointNotFoundError(f"{location}: no such checkpoint directory.{beside}")
+    try:
+        siblings = parent.listdir(most=8) if parent is not None else []
+    except (OSError, MaxTextLoadError):
+        siblings = []
+    return f" {parent} holds: {', '.join(siblings)}." if siblings else " Check the path."
 
 
-def _item_of(directory: Location, names: list[str]) -> Location | None:
-    """The item inside a step directory, None where this is not one."""
+def _item_of(directory: Location, names: Sequence[str]) -> Location | None:
+    """The item that `directory` is or, as a step, holds; None where it is neither."""
+    if TREE_METADATA in names:
+        return directory
     candidates = [name for name in ITEM_NAMES if name in names]
     # An item of another name is taken only from a directory that Orbax marked as a step.
     if STEP_METADATA in names or COMMIT_FILE in names:
         candidates += [
             name
             for name in names
-            if name not in candidates and not name.startswith(("_", ".")) and "optimizer" not in name
+            if name not in candidates
+            and not name.startswith(("_", "."))
+            and "optimizer" not in name
+            and name not in (COMMIT_FILE, "orbax.checkpoint")
         ]
     for name in candidates:
         if TMP_MARK not in name and (directory / name / TREE_METADATA).is_file():
@@ -114,115 +146,156 @@ def _item_of(directory: Location, names: list[str]) -> Location | None:
     return None
 
 
-def _from_run(run: Location, names: list[str], step: int | None) -> ItemLocation:
+def _from_run(run: Location, names: Sequence[str], step: int | None) -> ItemLocation:
     """Picks a step of a run's checkpoint directory: the wanted one, or the newest committed."""
-    steps: dict[int, str] = {}
-    for name in names:
-        match = _STEP_NAME.fullmatch(name)
-        if match and TMP_MARK not in name:
-            steps[int(match.group(1))] = name
-    if not steps:
-        if any(TMP_MARK in name for name in names):
-            raise UncommittedCheckpointError(
-                f"{run}: holds only temporary directories ({_some(names)}): no step was ever committed."
-            )
-        if "checkpoints" in names:
-            raise NotACheckpointError(
-                f"{run}: is a run's directory; its checkpoints are in {run / 'checkpoints'}."
-            )
-        raise NotACheckpointError(
-            f"{run}: is no Orbax checkpoint: no {TREE_METADATA} here, no {' or '.join(ITEM_NAMES[:2])} "
-            f"directory and no numbered steps. Found: {_some(names)}."
-        )
-    if step is not None and step not in steps:
-        raise StepNotFoundError(f"{run}: has no step {step}. Steps: {_some(map(str, sorted(steps)))}.")
+    steps = _steps(run, names)
+    if step is not None:
+        if step not in steps:
+            raise StepNotFoundError(f"{run}: has no step {step}. Steps: {_some(map(str, sorted(steps)))}.")
+        return _in_step(run, run / steps[step])
     refused: list[str] = []
-    for number in [step] if step is not None else sorted(steps, reverse=True):
-        directory = run / steps[number]
-        found = _item_of(directory, _list(directory))
-        if found is None:
-            refused.append(f"step {number}: holds no {TREE_METADATA}")
-            continue
+    for number in sorted(steps, reverse=True):
         try:
-            located = _committed(run, found, directory, step)
-        except UncommittedCheckpointError as error:
-            if step is not None:
-                raise
+            located = _in_step(run, run / steps[number])
+        except (UncommittedCheckpointError, NotACheckpointError, CheckpointNotFoundError) as error:
+            # A step may also be deleted while its neighbours are looked at: writers keep the newest few.
             refused.append(str(error))
             continue
         if refused:
-            logger.warning("Skipped newer steps of %s: %s", run, "; ".join(refused))
+            logger.warning("Skipped newer steps of %s: %s", run, " ".join(refused))
         return located
-    if step is not None:
-        raise NotACheckpointError(f"{run}: {refused[0]}.")
-    raise UncommittedCheckpointError(f"{run}: no step is committed: {'; '.join(refused)}")
+    raise UncommittedCheckpointError(f"{run}: no step is committed: {' '.join(refused)}")
 
 
-def _committed(requested: Location, items: Location, step_dir: Location | None, step: int | None) -> ItemLocation:
-    """Checks the marks of a finished write and reads the step's metadata."""
-    _refuse_temporary(items)
-    metadata: dict[str, object] = {}
-    step_names: list[str] = []
-    if step_dir is not None:
-        try:
-            step_names = step_dir.listdir()
-        except (FileNotFoundError, NotADirectoryError):
-            step_names = []
-        # A bare items directory may lie anywhere; its parent is a step only if Orbax marked it so.
-        if STEP_METADATA in step_names:
-            metadata = _read_json(step_dir / STEP_METADATA)
-    advice = (
-        "The writer is still at work or died: wait for it, or choose another step "
-        '(--model-loader-extra-config \'{"step": N}\').'
-    )
-    if metadata and "commit_timestamp_nsecs" in metadata and metadata["commit_timestamp_nsecs"] is None:
-        raise UncommittedCheckpointError(f"{step_dir}: {STEP_METADATA} has no commit time. {advice}")
-    if COMMIT_FILE not in step_names:
-        inner = (items / COMMIT_FILE).is_file()
-        is_step = STEP_METADATA in step_names or requested != items
-        # Orbax writes the file into the item first and into the step last, in the same fashion.
-        if (is_step and (items.is_remote or inner)) or (not is_step and items.is_remote and not inner):
-            raise UncommittedCheckpointError(
-                f"{step_dir if is_step else items}: {COMMIT_FILE} is missing: never committed. {advice}"
-            )
-    number = None
-    if step_dir is not None and (match := _STEP_NAME.fullmatch(step_dir.name)):
-        number = int(match.group(1))
-    if step is not None and number is not None and step != number:
-        raise StepNotFoundError(
-            f"{requested}: step {step} is wanted, but the path names step {number}. Give the run's checkpoint "
-            f"directory, or leave out the step."
+def _steps(run: Location, names: Iterable[str]) -> dict[int, str]:
+    """Directory names of a run's steps, by number."""
+    names = list(names)
+    steps: dict[int, str] = {}
+    for name in names:
+        match = _STEP_NAME.fullmatch(name)
+        # Of "30" and "checkpoint_30" the former is what MaxText writes.
+        if match and TMP_MARK not in name and (int(match.group(1)) not in steps or name.isdigit()):
+            steps[int(match.group(1))] = name
+    if steps:
+        return steps
+    if any(TMP_MARK in name for name in names):
+        raise UncommittedCheckpointError(
+            f"{run}: holds only temporary directories ({_some(names)}): no step was ever committed. The writer is still "
+            f"at work or died: wait for it."
         )
+    if "checkpoints" in names:
+        raise NotACheckpointError(f"{run}: is a run's directory; its checkpoints are in {run / 'checkpoints'}.")
+    raise NotACheckpointError(
+        f"{run}: is no Orbax checkpoint: no {TREE_METADATA} here, no {' or '.join(ITEM_NAMES[:2])} "
+        f"directory and no numbered steps. Found: {_some(names)}."
+    )
+
+
+def _in_step(run: Location, directory: Location) -> ItemLocation:
+    """The committed item of one step of a run."""
+    names = _list(directory)
+    return _committed(run, directory, names, _item_of(directory, names))
+
+
+_ADVICE = (
+    "The writer is still at work or died: wait for it, or choose another step "
+    '(--model-loader-extra-config \'{"step": N}\').'
+)
+
+
+def _committed(
+    requested: Location, listed: Location, names: Sequence[str], items: Location | None
+) -> ItemLocation:
+    """Checks the marks of a finished write and reads the checkpoint's metadata.
+
+    Args:
+        requested: what the user named.
+        listed: the item or the step that holds it.
+        names: what is in `listed`.
+        items: the item; None where `listed` is a step without one.
+    """
+    if items is None:
+        unfinished = listed.is_remote and STEP_METADATA in names and COMMIT_FILE not in names
+        if unfinished or any(TMP_MARK in name for name in names):
+            raise UncommittedCheckpointError(
+                f"{listed}: holds no finished item: never committed. Found: {_some(names)}. {_ADVICE}"
+            )
+        if STEP_METADATA in names or COMMIT_FILE in names:
+            raise CorruptMetadataError(
+                f"{listed}: Orbax finished it, but no item in it has a {TREE_METADATA}. Found: {_some(names)}. Copy the "
+                f"checkpoint again, or choose another step."
+            )
+        raise NotACheckpointError(f"{listed}: holds no item with a {TREE_METADATA}. Found: {_some(names)}.")
+    _refuse_temporary(items)
+    saved, committed = listed, COMMIT_FILE in names
+    raw = None
+    if STEP_METADATA in names:
+        raw = _read(saved / STEP_METADATA)
+    elif listed == items:
+        # The item was named directly. What lies above is its step only if Orbax marked it so.
+        parent = items.parent
+        if parent is not None and (raw := _read(parent / STEP_METADATA)) is not None:
+            saved, committed = parent, (parent / COMMIT_FILE).is_file()
+    elif not committed and (raw := _read(items / STEP_METADATA)) is not None:
+        # The item was saved on its own, into a directory that only looks like a step.
+        saved, committed = items, (items / COMMIT_FILE).is_file()
+    if not committed and (items.is_remote or (saved != items and (items / COMMIT_FILE).is_file())):
+        # Orbax writes the file into the item first and into the step last: on a disk, the second case is a copy of a
+        # bucket's step that was not finished.
+        raise UncommittedCheckpointError(
+            f"{saved}: {COMMIT_FILE} is missing: never committed. {_ADVICE} If it was copied here from a disk, where "
+            f"a commit is a rename, put an empty {COMMIT_FILE} into it."
+        )
+    metadata = {} if raw is None else _parse(saved / STEP_METADATA, raw)
+    if "commit_timestamp_nsecs" in metadata and metadata["commit_timestamp_nsecs"] is None:
+        raise UncommittedCheckpointError(f"{saved}: {STEP_METADATA} has no commit time: never committed. {_ADVICE}")
     custom = metadata.get("custom_metadata")
     scan_layers = custom.get("scan_layers") if isinstance(custom, dict) else None
     return ItemLocation(
         requested=requested,
         items=items,
-        step=number,
+        step=_step_number(items),
         scan_layers=scan_layers if isinstance(scan_layers, bool) else None,
     )
+
+
+def _step_number(items: Location) -> int | None:
+    """The training step as the names of the item's directory, or the one above, tell it."""
+    for directory in (items, items.parent):
+        if directory is not None and (match := _STEP_NAME.fullmatch(directory.name)):
+            return int(match.group(1))
+    return None
 
 
 def _refuse_temporary(location: Location) -> None:
     for part in location.url.split("/"):
         if TMP_MARK in part:
             raise UncommittedCheckpointError(
-                f"{location}: {part} is a temporary directory: its writer has not finished, or died."
+                f"{location}: {part} is a temporary directory: its writer has not finished, or died. Wait for it, or "
+                f"choose another step."
             )
 
 
-def _read_json(location: Location) -> dict[str, object]:
+def _read(location: Location) -> bytes | None:
+    """The file's content, None where there is none."""
     try:
-        parsed = json.loads(location.read_bytes())
-    except FileNotFoundError as error:
-        raise CorruptMetadataError(f"{location}: disappeared while it was being read.") from error
+        return location.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _parse(location: Location, raw: bytes) -> dict[str, object]:
+    try:
+        parsed = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise CorruptMetadataError(f"{location}: is not valid JSON ({error}).") from error
+        raise CorruptMetadataError(
+            f"{location}: is not valid JSON ({error}). Copy the checkpoint again, or choose another step."
+        ) from error
     if not isinstance(parsed, dict):
-        raise CorruptMetadataError(f"{location}: is not a JSON object.")
+        raise CorruptMetadataError(f"{location}: is not a JSON object, found {type(parsed).__name__}.")
     return parsed
 
 
-def _some(names: object, most: int = 12) -> str:
-    listed = list(names)  # type: ignore[call-overload]
+def _some(names: Iterable[str], most: int = 12) -> str:
+    listed = list(names)
     return ", ".join(listed[:most]) + (f", … ({len(listed)} in all)" if len(listed) > most else "")

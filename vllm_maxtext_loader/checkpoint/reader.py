@@ -17,13 +17,17 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 import tensorstore as ts
 
-from vllm_maxtext_loader.checkpoint.storage import no_progress_seconds, storage_error
-from vllm_maxtext_loader.checkpoint.tree import Leaf, array_error
+from vllm_maxtext_loader.checkpoint.arrays import array_error
+from vllm_maxtext_loader.checkpoint.limits import storage_error
+from vllm_maxtext_loader.checkpoint.tree import Leaf
+from vllm_maxtext_loader.checkpoint.waiting import Watch
 
 Box = tuple[slice, ...]
 
 _PIECES_IN_FLIGHT = 4
 """Boxes the budget is divided into: one is converted while the others are fetched and decoded."""
+
+_KEPT_BYTES = 64 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +110,7 @@ def read_pieces(
         for box, last in zip(cut, [False] * (len(cut) - 1) + [True], strict=True)
     )
     upcoming = next(queue, None)
+    watch = Watch(where)
     try:
         while upcoming is not None or pending:
             while upcoming is not None:
@@ -117,9 +122,10 @@ def read_pieces(
                 pending.append((leaf, box, size, last, future))
                 in_flight += size
                 upcoming = next(queue, None)
-            leaf, box, size, last, future = pending.popleft()
+            leaf, box, size, last, future = pending[0]
             started = time.perf_counter()
-            array = _result(future, leaf, where)
+            array = _result(watch, future, leaf)
+            pending.popleft()
             if on_wait is not None:
                 on_wait(time.perf_counter() - started)
             yield Piece(leaf, box, array, last)
@@ -128,34 +134,44 @@ def read_pieces(
     finally:
         for *_, future in pending:
             future.cancel()
+        watch.close()
 
 
-def _result(future: ts.Future, leaf: Leaf, where: str) -> np.ndarray:
+def _result(watch: Watch, future: ts.Future, leaf: Leaf) -> np.ndarray:
     try:
-        return np.asarray(future.result(timeout=no_progress_seconds()))
+        return np.asarray(watch.result(future, leaf.key))
     except TimeoutError as error:
-        raise storage_error(
-            f"cannot read leaf {leaf.key} of {where}", TimeoutError("timed out without any progress")
-        ) from error
+        raise storage_error(f"cannot read leaf {leaf.key} of {watch.where}", error) from error
     except Exception as error:
-        raise array_error(f"cannot read leaf {leaf.key} of {where}", error) from error
+        raise array_error(f"cannot read leaf {leaf.key} of {watch.where}", error) from error
 
 
-def trailing_zero_rows(leaf: Leaf, array: ts.TensorStore, where: str) -> int:
+def trailing_zero_rows(leaf: Leaf, arrays: dict[str, ts.TensorStore], where: str) -> int:
     """Number of all-zero rows at the end of a table, read backwards one row of chunks at a time.
+
+    Rows that were read are kept in front of the opened array where they are few: a later read then takes them from
+    memory.
 
     Args:
         leaf: a table [rows, columns].
-        array: its opened array.
+        arrays: opened arrays by leaf key; the leaf's is replaced.
         where: path, for messages.
     """
-    zeros, stop = 0, leaf.shape[0]
-    while stop > 0:
-        start = (stop - 1) // leaf.chunks[0] * leaf.chunks[0]
-        rows = _result(array[start:stop].read(order="C"), leaf, where).reshape(stop - start, -1)
-        used = np.flatnonzero(np.any(rows != 0, axis=1))
-        if used.size:
-            return zeros + (stop - start - 1 - int(used[-1]))
-        zeros += stop - start
-        stop = start
+    array, zeros, stop = arrays[leaf.key], 0, leaf.shape[0]
+    read: list[np.ndarray] = []
+    watch = Watch(where)
+    try:
+        while stop > 0:
+            start = (stop - 1) // leaf.chunks[0] * leaf.chunks[0]
+            read.insert(0, _result(watch, array[start:stop].read(order="C"), leaf))
+            used = np.flatnonzero(np.any(read[0].reshape(stop - start, -1) != 0, axis=1))
+            zeros += stop - start - 1 - int(used[-1]) if used.size else stop - start
+            stop = start
+            if used.size:
+                break
+    finally:
+        watch.close()
+    if sum(rows.nbytes for rows in read) <= _KEPT_BYTES:
+        rows = ts.array(np.concatenate(read))
+        arrays[leaf.key] = ts.overlay([array, rows[ts.d[0].translate_to[stop]]])
     return zeros

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -17,20 +18,16 @@ import ml_dtypes
 import numpy as np
 import tensorstore as ts
 
+from vllm_maxtext_loader.checkpoint.arrays import Format, open_arrays
 from vllm_maxtext_loader.checkpoint.location import TREE_METADATA, ItemLocation
-from vllm_maxtext_loader.checkpoint.storage import (
-    Location,
-    no_progress_seconds,
-    redact,
-    storage_error,
-)
+from vllm_maxtext_loader.checkpoint.storage import Location, is_unicode
 from vllm_maxtext_loader.errors import (
     CorruptMetadataError,
-    MaxTextLoadError,
-    ReadError,
     UnknownModelError,
     UnsupportedDtypeError,
 )
+
+logger = logging.getLogger("vllm." + __name__)
 
 ANCHOR = ("token_embedder", "embedding")
 """The leaf every MaxText model has; what precedes it is the writer's wrapper."""
@@ -140,9 +137,9 @@ def read_tree(location: ItemLocation, context: ts.Context) -> Tree:
         StorageError: the storage refuses or does not answer.
     """
     items = location.items
-    keys, ocdbt, zarr3 = _parse(items)
+    keys, stored = _parse(items)
     prefix = _wrapper_of(keys, items)
-    arrays = _open_arrays(items, [".".join(key) for key in keys], ocdbt, zarr3, context)
+    arrays = open_arrays(items, [".".join(key) for key in keys], stored, context)
     leaves: dict[str, Leaf] = {}
     skipped: list[Skipped] = []
     opened: dict[str, ts.TensorStore] = {}
@@ -154,8 +151,10 @@ def read_tree(location: ItemLocation, context: ts.Context) -> Tree:
             skipped.append(Skipped(name, math.prod(array.shape) * dtype.itemsize, reason))
             continue
         path = key[len(prefix) :]
-        if path[-1] == "value" and len(path) > 1:
+        if path[-1:] == ("value",) and len(path) > 1:
             path = path[:-1]
+        if not path:
+            raise CorruptMetadataError(f"{items}: {name} is an array; expected the model's leaves below it.")
         if array.dtype.name not in _FLOAT_DTYPES:
             raise UnsupportedDtypeError(
                 f"{items}: leaf {name} is stored as {array.dtype.name}; expected one of "
@@ -182,36 +181,48 @@ def read_tree(location: ItemLocation, context: ts.Context) -> Tree:
         wrapper=WRAPPERS.get(prefix, f"unnamed wrapper {'.'.join(prefix)}"),
         leaves=leaves,
         skipped=tuple(skipped),
-        ocdbt=ocdbt,
-        zarr3=zarr3,
+        ocdbt=stored.ocdbt,
+        zarr3=stored.zarr3,
         arrays=opened,
     )
 
 
-def _parse(items: Location) -> tuple[list[tuple[str, ...]], bool, bool]:
-    """Array keys of `_METADATA`, use_ocdbt, use_zarr3."""
+def _parse(items: Location) -> tuple[list[tuple[str, ...]], Format]:
+    """Array keys of `_METADATA`, and how the arrays are stored."""
     path = items / TREE_METADATA
+    advice = "Copy the checkpoint again, or choose another step."
     try:
-        parsed = json.loads(path.read_bytes())
+        raw = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CorruptMetadataError(f"{path}: disappeared while it was being read. Was the step deleted?") from error
+    try:
+        parsed = json.loads(raw)
         keys = [
             tuple(str(part["key"]) for part in entry["key_metadata"])
             for entry in parsed["tree_metadata"].values()
             if entry["value_metadata"]["value_type"] in _ARRAY_TYPES
         ]
-        ocdbt, zarr3 = parsed.get("use_ocdbt", True), parsed.get("use_zarr3", False)
-    except FileNotFoundError as error:
-        raise CorruptMetadataError(f"{path}: disappeared while it was being read.") from error
-    except MaxTextLoadError:
-        raise
+        flags = [parsed.get(name) for name in ("use_ocdbt", "use_zarr3", "store_array_data_equal_to_fill_value")]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptMetadataError(
-            f"{path}: is damaged ({type(error).__name__}: {error}); not the tree metadata Orbax writes. Copy the "
-            f"checkpoint again, or choose another step."
+            f"{path}: is damaged ({type(error).__name__}: {error}); not the tree metadata Orbax writes. {advice}"
         ) from error
     for key in keys:
-        if not key or any(not part or "/" in part or "\0" in part or part in (".", "..") for part in key):
-            raise CorruptMetadataError(f"{path}: is damaged: {key!r} is no name of an array.")
-    return keys, bool(ocdbt), bool(zarr3)
+        if not key or any(
+            not part or "/" in part or "\0" in part or part in (".", "..") or not is_unicode(part) for part in key
+        ):
+            raise CorruptMetadataError(f"{path}: is damaged: {key!r} is no name of an array. {advice}")
+    if any(flag is not None and not isinstance(flag, bool) for flag in flags):
+        raise CorruptMetadataError(f"{path}: is damaged: use_ocdbt, use_zarr3 and the like are {flags}. {advice}")
+    ocdbt, zarr3, complete = flags
+    if not complete:
+        logger.warning(
+            "%s: was written without chunks that are all zero: a chunk that was lost since cannot be told from them.", path
+        )
+    if ocdbt is None:
+        # As Orbax does for trees that do not record it.
+        ocdbt = (items / "manifest.ocdbt").is_file()
+    return keys, Format(ocdbt=ocdbt, zarr3=bool(zarr3), complete=bool(complete))
 
 
 def _wrapper_of(keys: Iterable[tuple[str, ...]], items: Location) -> tuple[str, ...]:
@@ -254,59 +265,3 @@ def _skip_reason(key: tuple[str, ...], prefix: tuple[str, ...]) -> str | None:
     if key[: len(prefix)] != prefix:
         return f"outside the model ({key[0]})"
     return None
-
-
-def _open_arrays(
-    items: Location, names: list[str], ocdbt: bool, zarr3: bool, context: ts.Context
-) -> dict[str, ts.TensorStore]:
-    """Opens all arrays at once; TensorStore reads their metadata in parallel."""
-    futures = {name: ts.open(_spec(items, name, ocdbt, zarr3), context=context) for name in names}
-    arrays: dict[str, ts.TensorStore] = {}
-    for name, future in futures.items():
-        try:
-            arrays[name] = future.result(timeout=no_progress_seconds())
-        except TimeoutError as error:
-            raise storage_error(
-                f"cannot open leaf {name} of {items}", TimeoutError("timed out without an answer")
-            ) from error
-        except Exception as error:
-            raise array_error(f"cannot open leaf {name} of {items}", error, at_open=True) from error
-    return arrays
-
-
-def _spec(items: Location, name: str, ocdbt: bool, zarr3: bool) -> dict[str, Any]:
-    kvstore: dict[str, Any] = items.kvstore()
-    if ocdbt:
-        kvstore = {"driver": "ocdbt", "base": kvstore, "path": f"{name}/", "cache_pool": "cache_pool#ocdbt"}
-    else:
-        kvstore = {**kvstore, "path": f"{kvstore['path']}{name}/"}
-    return {
-        "driver": "zarr3" if zarr3 else "zarr",
-        "kvstore": kvstore,
-        "open": True,
-        "recheck_cached_metadata": "open",
-        "recheck_cached_data": "open",
-        # A chunk that is not there would otherwise read as zeros, without a word.
-        "fill_missing_data_reads": False,
-    }
-
-
-def array_error(what: str, error: BaseException, *, at_open: bool = False) -> MaxTextLoadError:
-    """TensorStore's error, as one of ours, without its source locations.
-
-    Args:
-        what: "cannot read leaf … of …".
-        error: what TensorStore raised.
-        at_open: whether only metadata was being read.
-    """
-    detail = redact(" ".join(str(error).split("[source locations=", 1)[0].split()))[:600]
-    low = detail.lower()
-    damaged = ("not_found", "data_loss", "out_of_range", "failed_precondition", "invalid_argument", "missing")
-    if any(word in low.partition(":")[0] for word in damaged) or any(
-        word in low for word in ("is missing", "corrupt", "crc-32c", "decod", "truncat")
-    ):
-        kind = CorruptMetadataError if at_open else ReadError
-        return kind(
-            f"{what}: {detail}. The checkpoint is incomplete or damaged there: copy it again, or choose another step."
-        )
-    return storage_error(what, error)

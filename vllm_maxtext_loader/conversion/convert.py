@@ -15,7 +15,7 @@ import numpy as np
 from vllm_maxtext_loader.checkpoint.reader import Box, Piece
 from vllm_maxtext_loader.conversion.gemma4 import Value
 from vllm_maxtext_loader.conversion.ops import fold_expert_scale, round_to, to_float32, unscale_embedding
-from vllm_maxtext_loader.conversion.plan import LeafPlan, Plan, Write
+from vllm_maxtext_loader.conversion.plan import LeafPlan, Plan, Target, Write
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -84,6 +84,7 @@ def convert(
     dtype: np.dtype | None = None,
     fold_expert_scales: bool = False,
     on_piece: Callable[[Piece, float], None] | None = None,
+    allocate: Callable[[Target, np.dtype], np.ndarray] | None = None,
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields every tensor of the plan once.
 
@@ -93,6 +94,8 @@ def convert(
         dtype: dtype of all tensors; None keeps each one's stored dtype.
         fold_expert_scales: multiply per_expert_scale into down_proj and give ones for it.
         on_piece: told each box and the seconds it took to convert.
+        allocate: gives the contiguous array a tensor is written into, of the target's shape and the given dtype;
+            None takes new memory. A tensor may so go straight into a file.
     """
     by_key = {entry.leaf.key: entry for entry in plan.leaves}
     filling: dict[str, np.ndarray] = {}
@@ -104,7 +107,9 @@ def convert(
         for write in entry.writes:
             target = plan.targets[write.target]
             if write.target not in filling:
-                filling[write.target] = np.empty(target.shape, dtype or target.dtype)
+                wanted = dtype or target.dtype
+                made = np.empty(target.shape, wanted) if allocate is None else allocate(target, wanted)
+                filling[write.target] = made
             if (found := layer_of(entry, write, piece)) is None:
                 continue
             values, box = transform(entry, write, *found, fold_expert_scales, scales)
@@ -119,11 +124,18 @@ def convert(
                 yield write.target, filling.pop(write.target)
 
 
+def cast(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """`values` in another dtype, with one rounding (to nearest even); as they are where it is theirs already."""
+    if values.dtype == dtype:
+        return values
+    if values.dtype != np.float32:
+        values = to_float32(values)
+    return round_to(values, dtype)
+
+
 def _assign(destination: np.ndarray, values: np.ndarray) -> None:
     """destination[...] = values, with one rounding where the dtypes differ."""
-    if values.dtype != destination.dtype and values.dtype != np.float32:
-        values = to_float32(values)
-    values = round_to(values, destination.dtype)
+    values = cast(values, destination.dtype)
     if values.dtype == BFLOAT16:
         # The same bits as integers: NumPy copies those without going through bfloat16's own functions.
         values, destination = values.view(np.uint16), destination.view(np.uint16)

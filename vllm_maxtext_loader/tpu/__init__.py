@@ -1,13 +1,15 @@
-"""tpu-inference's side. The only module that imports tpu_inference.
+"""tpu-inference's side. Only this package imports tpu_inference (and `cpu_reference`, which replaces parts of it).
 
 Written against tpu-inference 0.32.0: models/common/model_loader.py (which model class is built) and
-models/vllm/vllm_model_loader.py (a layer's host memory is released as soon as the layer is complete).
+models/vllm/vllm_model_loader.py (a layer's host memory is released as soon as the layer is complete). `direct` places
+weights without a torch tensor in between.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.metadata
+from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -59,15 +61,28 @@ def enforce_vllm_model(module: ModuleType) -> None:
 
 
 def release_finished_layers(model: nn.Module) -> None:
-    """Lets every linear and expert layer go to the device, and its host memory go, as soon as it is complete."""
+    """Lets every linear and expert layer go to the device, and its host memory go, as soon as it is complete.
+
+    tpu-inference processes such a layer when its last weight arrives, and once more at the end, where it recognises
+    a processed layer by its device. That fails where the device is the CPU, so each layer is processed once here.
+    """
+    from tpu_inference.layers.vllm.quantization.base import VllmQuantizationMethod
     from tpu_inference.models.vllm.vllm_model_loader import attach_incremental_weight_loader
 
-    _TMP()
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if isinstance(method, VllmQuantizationMethod):
+            method.process_weights_after_loading = _once(method.process_weights_after_loading)
     attach_incremental_weight_loader(model)
 
 
-def _TMP() -> None:
-    import torchax
-    import tpu_inference.layers.vllm.process_weights.cleanup_sharding as a
-    import tpu_inference.layers.vllm.quantization.unquantized as b
-    a._tensor_is_in_cpu = b._tensor_is_in_cpu = lambda t: not isinstance(t, torchax.tensor.Tensor)
+def _once(process: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
+    done: set[int] = set()
+
+    @functools.wraps(process)
+    def wrapper(layer: nn.Module) -> None:
+        if id(layer) not in done:
+            done.add(id(layer))
+            process(layer)
+
+    return wrapper

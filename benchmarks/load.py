@@ -1,0 +1,356 @@
+"""How fast, and in how much host memory, weights get into the engine; compared in one run.
+
+    python benchmarks/load.py --gib 3 --shapes 26b --rounds 5
+    python benchmarks/load.py --gib 1 2 4 --rounds 3 --loaders direct
+
+For every size it makes a checkpoint pair of real layer shapes: a MaxText v2 scanned checkpoint written by Orbax with
+sharded chunks, as MaxText does, and the same weights as Hugging Face safetensors (by this package's export). Then each
+loader in turn loads into the real engine (vLLM, tpu-inference, JAX on the CPU) in a fresh process:
+
+    default    vLLM's default loader, from safetensors
+    streaming  tpu-inference's incremental loader, from safetensors
+    waist      this package through Hugging Face tensors and model.load_weights (VLLM_MAXTEXT_DIRECT=0)
+    direct     this package, chunks straight to the device
+
+and below them the floor: reading the files' bytes, and decoding them with TensorStore alone. Measured is the time
+inside tpu-inference's load_weights, from an empty model to arrays on the device; memory is the highest resident set in
+that time over the one before. On the CPU "device" memory is host memory, so it contains the weights once. Everything is
+read from a warm page cache. Compare ratios, not seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+GIB = 1 << 30
+LOADERS = ("default", "streaming", "waist", "direct")
+DEVICES_OF_THE_WRITER = 4
+
+SHAPES: dict[str, dict[str, Any]] = {
+    # The dimensions of one layer are the published model's; layers, experts and vocabulary are cut to the size.
+    "26b": {"hidden": 2816, "heads": 16, "kv": 8, "global_kv": 2, "mlp": 2112, "expert_mlp": 704, "layers": 6},
+    "31b": {"hidden": 5376, "heads": 32, "kv": 16, "global_kv": 4, "mlp": 21504, "expert_mlp": 0, "layers": 6},
+}
+VOCAB = 32768
+
+
+def dims_for(shapes: str, gib: float) -> dict[str, Any]:
+    """Dimensions of a model of about `gib` GiB in bfloat16."""
+    dims = dict(SHAPES[shapes], vocab=VOCAB, head_dim=256, global_head_dim=512, experts=0)
+    if shapes == "26b":
+        expert = 3 * dims["hidden"] * dims["expert_mlp"] * 2 * dims["layers"]
+        fixed = sum(size for _, size in _leaf_sizes(dims)) * 2
+        dims["experts"] = max(DEVICES_OF_THE_WRITER, round((gib * GIB - fixed) / expert / 4) * 4)
+    else:
+        # One block of six layers is 5.3 GiB: the MLP is narrowed to the size.
+        other = sum(size for _, size in _leaf_sizes(dict(dims, mlp=0))) * 2
+        width = (gib * GIB - other) / (3 * dims["hidden"] * 2 * dims["layers"])
+        dims["mlp"] = max(256, round(width / 256) * 256)
+    return dims
+
+
+def _leaves(dims: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """MaxText v2 leaves ("decoder.…") and their shapes, one block of five local and one global layer."""
+    hidden, heads, mlp = dims["hidden"], dims["heads"], dims["mlp"]
+    moe = dims["experts"] > 0 or dims["expert_mlp"] > 0
+    leaves: dict[str, tuple[int, ...]] = {
+        "token_embedder.embedding": (dims["vocab"], hidden),
+        "decoder.decoder_norm.scale": (hidden,),
+    }
+    blocks = dims["layers"] // 6
+    for name, stack, kv, head in (
+        ("local_layers", (blocks, 5), dims["kv"], dims["head_dim"]),
+        ("global_layer", (blocks,), dims["global_kv"], dims["global_head_dim"]),
+    ):
+        layer: dict[str, tuple[int, ...]] = {
+            "self_attention.query.kernel": (hidden, heads, head),
+            "self_attention.key.kernel": (hidden, kv, head),
+            "self_attention.out.kernel": (heads, head, hidden),
+            "self_attention.query_norm.scale": (head,),
+            "self_attention.key_norm.scale": (head,),
+            "layer_scalar": (1,),
+        }
+        if name == "local_layers":
+            layer["self_attention.value.kernel"] = (hidden, kv, head)
+        for norm in ("pre_self_attention_norm", "post_self_attention_norm", "pre_ffw_norm", "post_ffw_norm"):
+            layer[f"{norm}.scale"] = (hidden,)
+        dense = "mlp.moe_block.shared_experts" if moe else "mlp"
+        layer[f"{dense}.wi_0.kernel"] = layer[f"{dense}.wi_1.kernel"] = (hidden, mlp)
+        layer[f"{dense}.wo.kernel"] = (mlp, hidden)
+        if moe:
+            experts, width = dims["experts"], dims["expert_mlp"]
+            layer["mlp.pre_forward_scale_2"] = (hidden,)
+            for norm in ("post_feedforward_layernorm_1", "post_feedforward_layernorm_2", "pre_feedforward_layernorm_2"):
+                layer[f"mlp.{norm}.scale"] = (hidden,)
+            block = "mlp.moe_block.MoeBlock_0"
+            layer[f"{block}.gate.kernel"] = (hidden, experts)
+            layer[f"{block}.per_expert_scale"] = (experts,)
+            layer[f"{block}.wi_0"] = layer[f"{block}.wi_1"] = (experts, hidden, width)
+            layer[f"{block}.wo"] = (experts, width, hidden)
+        for leaf, shape in layer.items():
+            leaves[f"decoder.scanned_blocks.{name}.{leaf}"] = (shape[0], *stack, *shape[1:])
+    return leaves
+
+
+def _leaf_sizes(dims: dict[str, Any]) -> list[tuple[str, int]]:
+    sizes = []
+    for name, shape in _leaves(dims).items():
+        size = 1
+        for length in shape:
+            size *= length
+        sizes.append((name, size))
+    return sizes
+
+
+def make_checkpoint(directory: Path, dims: dict[str, Any]) -> None:
+    """Writes the MaxText checkpoint by Orbax, sharded over the first axis; run in a process of its own."""
+    import jax
+    import ml_dtypes
+    import numpy as np
+    import orbax.checkpoint as ocp
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    mesh = Mesh(np.array(jax.devices()), ("fsdp",))
+    rng = np.random.default_rng(0)
+    tree: dict[str, Any] = {}
+    for name, shape in _leaves(dims).items():
+        # Normally distributed weights: what zstd makes of real ones. Drawn once and repeated with another sign
+        # pattern, for drawing gigabytes of them would take longer than everything else.
+        count = int(np.prod(shape))
+        base = (rng.standard_normal(min(count, 1 << 22)) * 0.02).astype(ml_dtypes.bfloat16)
+        values = np.resize(base, count).reshape(shape)
+        if name.endswith((".scale", "per_expert_scale", "layer_scalar")):
+            values = (1 + values.astype(np.float32)).astype(ml_dtypes.bfloat16)
+        split = shape[0] % len(jax.devices()) == 0 and shape[0] > 1
+        sharding = NamedSharding(mesh, PartitionSpec("fsdp") if split else PartitionSpec())
+        node = tree
+        *parents, last = ("params", "params", *name.split("."))
+        for part in parents:
+            node = node.setdefault(part, {})
+        node[last] = jax.device_put(values, sharding)
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(items=ocp.PyTreeCheckpointHandler(use_zarr3=True))) as writer:
+        writer.save(directory / "0", args=ocp.args.Composite(items=ocp.args.PyTreeSave(tree)))
+
+
+def make_pair(directory: Path, dims: dict[str, Any]) -> tuple[Path, Path]:
+    """The checkpoint and its Hugging Face export."""
+    checkpoint, exported = directory / "maxtext", directory / "hf"
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES_OF_THE_WRITER}",
+    }
+    subprocess.run(
+        [sys.executable, __file__, "--make", str(checkpoint), json.dumps(dims)], env=environment, check=True
+    )
+    config = directory / "config"
+    config.mkdir()
+    write_config(config, checkpoint)
+    subprocess.run(
+        [sys.executable, "-c", "from vllm_maxtext_loader.cli import main; main()"]
+        + ["export", str(checkpoint), str(exported), "--config", str(config)],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    return checkpoint, exported
+
+
+def write_config(directory: Path, checkpoint: Path) -> None:
+    """config.json of the cut-down model: the preset's settings with the checkpoint's dimensions."""
+    from vllm_maxtext_loader import hf_config, open_checkpoint
+
+    opened = open_checkpoint(checkpoint)
+    dims = opened.plan.dims
+    preset = hf_config.PRESETS["gemma4-26b" if dims.experts else "gemma4-31b"]
+    if dims.experts and preset.top_k and preset.top_k > dims.experts:
+        raise SystemExit(f"{dims.experts} experts are too few for top-{preset.top_k}: choose a larger --gib")
+    name = "gemma4-26b" if dims.experts else "gemma4-31b"
+    hf_config.make_config(dims, name, str(checkpoint)).save_pretrained(directory)
+
+
+class Peak(threading.Thread):
+    """Highest resident set while it runs, sampled; VmHWM would include what was before."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.start_bytes = self.peak_bytes = resident_bytes()
+        self._stop_event = threading.Event()
+
+    def run(self) -> None:
+        while not self._stop_event.wait(0.01):
+            self.peak_bytes = max(self.peak_bytes, resident_bytes())
+
+    def stop(self) -> int:
+        """Bytes over the start."""
+        self._stop_event.set()
+        self.join()
+        return max(self.peak_bytes, resident_bytes()) - self.start_bytes
+
+
+def resident_bytes() -> int:
+    """Resident set of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def measure(loader: str, checkpoint: str, hf: str) -> dict[str, float]:
+    """Starts the engine with one loader and measures its load_weights; run in a process of its own."""
+    os.environ.update(
+        JAX_PLATFORMS="cpu",
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        HF_HUB_OFFLINE="1",
+        VLLM_CPU_KVCACHE_SPACE="1",
+        MODEL_IMPL_TYPE="vllm",
+        VLLM_MAXTEXT_DIRECT="0" if loader == "waist" else "1",
+    )
+    arguments: dict[str, Any] = {}
+    if loader == "streaming":
+        arguments["load_format"] = "tpu_streaming_loader"
+    elif loader != "default":
+        arguments["load_format"] = "maxtext"
+        arguments["model_loader_extra_config"] = {"checkpoint": checkpoint}
+    from vllm import LLM
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    from tpu_inference.models.vllm.vllm_model_wrapper import VllmModelWrapper
+
+    found: dict[str, float] = {}
+    original = VllmModelWrapper.load_weights
+
+    def timed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        peak = Peak()
+        peak.start()
+        cpu, wall = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
+        result = original(self, *args, **kwargs)
+        import jax
+
+        jax.effects_barrier()
+        found["seconds"] = time.perf_counter() - wall
+        after = resource.getrusage(resource.RUSAGE_SELF)
+        found["cpu_seconds"] = after.ru_utime + after.ru_stime - cpu.ru_utime - cpu.ru_stime
+        found["peak_bytes"] = peak.stop()
+        raise Loaded
+
+    class Loaded(BaseException):
+        """Ends the engine's start: what follows is not measured."""
+
+    VllmModelWrapper.load_weights = timed
+    try:
+        LLM(model=hf, skip_tokenizer_init=True, max_model_len=128, max_num_seqs=4, max_num_batched_tokens=128, **arguments)
+    except Loaded:
+        pass
+    return found
+
+
+def floor(checkpoint: str) -> dict[str, float]:
+    """Reading the bytes of the checkpoint's files, and decoding them with TensorStore alone."""
+    from vllm_maxtext_loader import open_checkpoint
+    from vllm_maxtext_loader.checkpoint.reader import read_pieces
+
+    started = time.perf_counter()
+    for path in Path(checkpoint).rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                while file.read(8 << 20):
+                    pass
+    raw = time.perf_counter() - started
+    opened = open_checkpoint(checkpoint)
+    started = time.perf_counter()
+    for _ in read_pieces(
+        [entry.leaf for entry in opened.plan.leaves], opened.tree.arrays, opened.concurrent_bytes, opened.plan.where
+    ):
+        pass
+    return {"raw_seconds": raw, "tensorstore_seconds": time.perf_counter() - started}
+
+
+def in_process(*arguments: str) -> dict[str, float]:
+    """Runs one measurement in a fresh process; {"failed": 1} where it died."""
+    done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if not lines:
+        print(done.stderr[-1500:], file=sys.stderr)
+        return {}
+    return json.loads(lines[-1].removeprefix("RESULT "))
+
+
+def report(gib: float, results: dict[str, list[dict[str, float]]], floors: list[dict[str, float]]) -> None:
+    """Prints medians and ratios."""
+
+    def median(rows: list[dict[str, float]], key: str) -> float:
+        return statistics.median(row[key] for row in rows)
+
+    base = results.get("default")
+    print(f"\n{gib:.2f} GiB of bfloat16 weights, median (min to max) of {len(floors)} rounds")
+    print(f"{'loader':<12}{'seconds':>22}{'CPU s':>8}{'GiB/s':>8}{'peak/weights':>14}{'time/default':>14}{'time/read':>11}")
+    read = median(floors, "tensorstore_seconds")
+    for loader, rows in results.items():
+        if not rows:
+            print(f"{loader:<12}{'failed':>22}")
+            continue
+        seconds = median(rows, "seconds")
+        span = f"{seconds:.2f} ({min(r['seconds'] for r in rows):.2f} to {max(r['seconds'] for r in rows):.2f})"
+        ratio = f"{seconds / median(base, 'seconds'):.2f}" if base else "-"
+        peak = median(rows, "peak_bytes") / GIB / gib
+        print(
+            f"{loader:<12}{span:>22}{median(rows, 'cpu_seconds'):>8.1f}{gib / seconds:>8.2f}{peak:>14.2f}"
+            f"{ratio:>14}{seconds / read:>11.2f}"
+        )
+    print(f"{'TensorStore':<12}{read:>22.2f}{'':>8}{gib / read:>8.2f}")
+    raw = median(floors, "raw_seconds")
+    print(f"{'raw read':<12}{raw:>22.2f}{'':>8}{gib / raw:>8.2f}")
+
+
+def main() -> None:
+    """Parses the command line; `--make`, `--measure` and `--floor` are what it calls itself with."""
+    if len(sys.argv) > 1 and sys.argv[1] == "--make":
+        make_checkpoint(Path(sys.argv[2]), json.loads(sys.argv[3]))
+        return
+    if len(sys.argv) > 1 and sys.argv[1] in ("--measure", "--floor"):
+        result = measure(*sys.argv[2:5]) if sys.argv[1] == "--measure" else floor(sys.argv[2])
+        print("RESULT " + json.dumps(result), flush=True)
+        os._exit(0)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gib", type=float, nargs="+", default=[3.0], help="sizes to measure, in GiB")
+    parser.add_argument("--shapes", choices=SHAPES, default="26b")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--loaders", nargs="+", choices=LOADERS, default=["default", "waist", "direct"])
+    parser.add_argument("--directory", type=Path, help="where to put checkpoints; default: a temporary directory")
+    args = parser.parse_args()
+    print(
+        f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
+        + ", ".join(f"{name} {version(name)}" for name in ("vllm-tpu", "jax", "orbax-checkpoint", "tensorstore"))
+    )
+    for gib in args.gib:
+        directory = Path(tempfile.mkdtemp(prefix="load-", dir=args.directory))
+        try:
+            dims = dims_for(args.shapes, gib)
+            checkpoint, hf = make_pair(directory, dims)
+            actual = sum(size for _, size in _leaf_sizes(dims)) * 2 / GIB
+            results: dict[str, list[dict[str, float]]] = {loader: [] for loader in args.loaders}
+            floors: list[dict[str, float]] = []
+            for _ in range(args.rounds):
+                floors.append(in_process("--floor", str(checkpoint)))
+                for loader in args.loaders:
+                    if row := in_process("--measure", loader, str(checkpoint), str(hf)):
+                        results[loader].append(row)
+            report(actual, results, floors)
+        finally:
+            shutil.rmtree(directory)
+
+
+if __name__ == "__main__":
+    main()

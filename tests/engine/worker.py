@@ -1,0 +1,166 @@
+"""Runs real engines (vLLM, tpu-inference, JAX on the CPU) in one process and writes down what they hold and say.
+
+Starting Python, vLLM and JAX costs more than loading a tiny model, and the number of JAX devices is fixed per process; so
+one process starts many engines, one after the other. The tests run this file and read its answer.
+
+    python worker.py JOBS.json ANSWERS.json
+
+A job: {"name", "model", "arguments": {…}, "environment": {…}, "prompts": [[token ids]], "keep_state": bool, "compare": name,
+"folded": bool, "forget": name}. `compare` is an earlier job whose state was kept, until a job says `forget`.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import ml_dtypes
+import numpy as np
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+COMMON = {"skip_tokenizer_init": True, "max_model_len": 128, "max_num_seqs": 4, "max_num_batched_tokens": 128}
+
+
+class Records(logging.Handler):
+    """Keeps the messages of this package's loggers."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(f"{record.levelname} {record.getMessage()}")
+
+
+def state_of(llm: Any) -> dict[str, np.ndarray]:
+    """Every parameter and buffer of the engine's model, whole (not by shard)."""
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    return {name: np.asarray(array) for name, array in runner.state.items()}
+
+
+def placement_of(llm: Any) -> dict[str, str]:
+    """Shape, dtype and sharding of every parameter and buffer."""
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    return {name: f"{array.shape} {array.dtype} {array.sharding}" for name, array in runner.state.items()}
+
+
+def bits(array: np.ndarray) -> np.ndarray:
+    """The array as integers, so that equality means equality of bits."""
+    return np.ascontiguousarray(array).view({1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}[array.itemsize])
+
+
+def differences(state: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> dict[str, float]:
+    """Names whose bits differ, with the share of elements that do; 1.0 for a missing name or another shape."""
+    found: dict[str, float] = {}
+    for name in sorted(set(state) | set(other)):
+        a, b = state.get(name), other.get(name)
+        if a is None or b is None or a.shape != b.shape or a.dtype != b.dtype:
+            found[name] = 1.0
+        elif not np.array_equal(bits(a), bits(b)):
+            found[name] = float(np.mean(bits(a) != bits(b)))
+    return found
+
+
+def explained(state: dict[str, np.ndarray], other: dict[str, np.ndarray], hidden_size: int) -> list[str]:
+    """Names whose difference is exactly what folding and the embedding's rounding do, checked by value.
+
+    Args:
+        state: after loading MaxText's checkpoint with folded expert scales.
+        other: after loading the Hugging Face twin.
+        hidden_size: of the model.
+    """
+    good: list[str] = []
+    root = np.float32(hidden_size**0.5)
+    for name, ours in state.items():
+        theirs = other[name]
+        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            stored = (theirs.astype(np.float32) * root).astype(BFLOAT16)
+            again = (ours.astype(np.float32) * root).astype(BFLOAT16)
+            if np.mean(stored == again) >= 0.99:
+                good.append(name)
+        elif name.endswith("router.per_expert_scale"):
+            if np.all(ours.astype(np.float32) == 1):
+                good.append(name)
+        elif name.endswith("w2_weight"):
+            layer = name.partition(".experts.")[0]
+            scale = other[f"{layer}.router.per_expert_scale"].astype(np.float32)
+            folded = (theirs.astype(np.float32) * scale[:, None, None]).astype(BFLOAT16)
+            if np.array_equal(bits(folded), bits(ours)):
+                good.append(name)
+    return good
+
+
+def run(job: dict[str, Any], kept: dict[str, Any]) -> dict[str, Any]:
+    """Starts an engine, writes down what was asked for, and shuts it down."""
+    from vllm import LLM, SamplingParams
+
+    records = Records()
+    logger = logging.getLogger("vllm.vllm_maxtext_loader")
+    logger.addHandler(records)
+    # Only the job's own variables are taken back: the plugin's defaults for the CPU must stay.
+    before = {name: os.environ.get(name) for name in job.get("environment", {})}
+    os.environ.update(job.get("environment", {}))
+    llm = None
+    answer: dict[str, Any] = {}
+    try:
+        llm = LLM(model=job["model"], **{**COMMON, **job.get("arguments", {})})
+        state, placement = state_of(llm), placement_of(llm)
+        answer["parameters"] = len(state)
+        if job.get("keep_state"):
+            kept[job["name"]] = (state, placement)
+        if "compare" in job:
+            other, other_placement = kept[job["compare"]]
+            found = differences(state, other)
+            good = explained(state, other, job["hidden_size"]) if job.get("folded") else []
+            answer["differences"] = {name: share for name, share in found.items() if name not in good}
+            answer["explained"] = sorted(set(found) & set(good))
+            answer["placed_elsewhere"] = sorted(k for k in placement if placement[k] != other_placement.get(k))
+        if "prompts" in job:
+            parameters = SamplingParams(
+                max_tokens=job.get("max_tokens", 1), temperature=0, logprobs=-1, detokenize=False
+            )
+            outputs = llm.generate([{"prompt_token_ids": p} for p in job["prompts"]], parameters, use_tqdm=False)
+            answer["tokens"] = [list(output.outputs[0].token_ids) for output in outputs]
+            answer["logprobs"] = [
+                {str(token): entry.logprob for token, entry in output.outputs[0].logprobs[0].items()}
+                for output in outputs
+            ]
+    except Exception as error:
+        answer["error"] = f"{type(error).__name__}: {error}"
+        answer["traceback"] = traceback.format_exc()
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+        logger.removeHandler(records)
+        answer["log"] = records.lines
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+    return answer
+
+
+def main() -> None:
+    """Runs all jobs."""
+    jobs, answers = json.loads(Path(sys.argv[1]).read_text()), {}
+    kept: dict[str, Any] = {}
+    for job in jobs:
+        answers[job["name"]] = run(job, kept)
+        kept.pop(job.get("forget"), None)
+        Path(sys.argv[2]).write_text(json.dumps(answers))
+
+
+if __name__ == "__main__":
+    main()

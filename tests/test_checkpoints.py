@@ -1,0 +1,115 @@
+"""Truth number one: what comes out of every checkpoint MaxText wrote is, bit by bit, its Hugging Face twin."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Case, cases, read_orbax, write_orbax
+
+from vllm_maxtext_loader import open_checkpoint
+
+torch = pytest.importorskip("torch")
+safetensors_torch = pytest.importorskip("safetensors.torch")
+
+
+def _equal_to_twin(weights: dict[str, torch.Tensor], twin: dict[str, torch.Tensor]) -> None:
+    """Same names, shapes, dtypes and bits; the embedding within what MaxText's scaling leaves of it."""
+    assert sorted(weights) == sorted(twin)
+    for name, expected in twin.items():
+        found = weights[name]
+        assert found.shape == expected.shape, name
+        assert found.dtype == expected.dtype, name
+        if name.endswith(".embed_tokens.weight"):
+            root = torch.tensor(math.sqrt(expected.shape[1]), dtype=torch.float32)
+            stored, again = ((value.float() * root).to(torch.bfloat16) for value in (expected, found))
+            assert (stored == again).float().mean() >= 0.99, name
+        else:
+            assert torch.equal(found, expected), name
+
+
+@pytest.mark.parametrize("name", cases())
+def test_weights_equal_the_twin(name: str, twin: Callable[[str], Path]) -> None:
+    case: Case = cases()[name]
+    expected = safetensors_torch.load_file(twin(name) / "model.safetensors")
+    checkpoint = open_checkpoint(case.items)
+    stored = {target.dtype.name for target in checkpoint.plan.targets.values()}
+    if stored == {"bfloat16"}:
+        _equal_to_twin(dict(checkpoint.hf_weights()), expected)
+    else:
+        assert stored == {"float32"}, "a kind of checkpoint this test does not know"
+        weights = dict(checkpoint.hf_weights())
+        assert {weight.dtype for weight in weights.values()} == {torch.float32}
+        dtype = next(iter(expected.values())).dtype
+        _equal_to_twin(dict(checkpoint.hf_weights(dtype=dtype)), expected)
+
+
+@pytest.mark.parametrize("name", cases())
+def test_twins_configuration_is_accepted_and_demands_the_same(name: str, twin: Callable[[str], Path]) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AutoConfig.from_pretrained(twin(name))
+    checkpoint = open_checkpoint(cases()[name].items)
+    if checkpoint.plan.dims.layers[-1].sliding:
+        pytest.skip("transformers makes the last layer a full-attention one; see test_refusals")
+    expected = safetensors_torch.load_file(twin(name) / "model.safetensors")
+    planned = checkpoint.with_config(config).plan
+    assert {name: target.shape for name, target in planned.targets.items()} == {
+        name: tuple(value.shape) for name, value in expected.items()
+    }
+
+
+@pytest.mark.parametrize("name", ["moe_v2", "dense_v1"])
+@pytest.mark.parametrize("budget", [1e-9, 1e-4, 1.0])
+def test_every_budget_gives_the_same(name: str, budget: float, twin: Callable[[str], Path]) -> None:
+    expected = safetensors_torch.load_file(twin(name) / "model.safetensors")
+    _equal_to_twin(dict(open_checkpoint(cases()[name].items, concurrent_gib=budget).hf_weights()), expected)
+
+
+def test_folding_multiplies_down_proj_and_leaves_ones(twin: Callable[[str], Path]) -> None:
+    expected = safetensors_torch.load_file(twin("moe_v2") / "model.safetensors")
+    plain = dict(open_checkpoint(cases()["moe_v2"].items).hf_weights())
+    folded = dict(open_checkpoint(cases()["moe_v2"].items).hf_weights(fold_expert_scales=True))
+    for name, value in folded.items():
+        if name.endswith("per_expert_scale"):
+            assert torch.equal(value, torch.ones_like(value))
+        elif name.endswith("experts.down_proj"):
+            scale = expected[name.replace("experts.down_proj", "router.per_expert_scale")]
+            product = expected[name].float() * scale.float()[:, None, None]
+            assert torch.equal(value, product.to(torch.bfloat16))
+        else:
+            assert torch.equal(value, plain[name])
+
+
+@pytest.mark.parametrize(("ocdbt", "zarr3"), [(True, True), (True, False), (False, True), (False, False)])
+def test_every_storage_format(ocdbt: bool, zarr3: bool, tmp_path: Path, twin: Callable[[str], Path]) -> None:
+    tree = read_orbax(cases()["dense_v2"].items)
+    items = write_orbax(tmp_path / "0", tree, ocdbt=ocdbt, zarr3=zarr3)
+    checkpoint = open_checkpoint(items)
+    assert (checkpoint.tree.ocdbt, checkpoint.tree.zarr3) == (ocdbt, zarr3)
+    expected = safetensors_torch.load_file(twin("dense_v2") / "model.safetensors")
+    _equal_to_twin(dict(checkpoint.hf_weights()), expected)
+
+
+def test_chunks_are_read_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The boxes of a leaf tile it, and no box cuts a chunk that another box also needs."""
+    from vllm_maxtext_loader.checkpoint.reader import boxes
+
+    checkpoint = open_checkpoint(cases()["moe_v2"].items)
+    for leaf in checkpoint.tree.leaves.values():
+        for limit in (1, 1000, 10**6, 10**9):
+            seen = np.zeros(leaf.shape, np.int8)
+            for box in boxes(leaf, limit):
+                seen[box] += 1
+                for part, chunk, size in zip(box, leaf.chunks, leaf.shape, strict=True):
+                    assert part.start % chunk == 0
+                    assert part.stop % chunk == 0 or part.stop == size
+            assert np.all(seen == 1)
+
+
+def test_run_directory_means_the_newest_step_and_items_are_found_from_everywhere() -> None:
+    items = cases()["moe_v2"].items
+    for path in (items, items.parent, items.parent.parent, str(items) + "/"):
+        assert open_checkpoint(path).location.items.url == str(items)

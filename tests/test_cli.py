@@ -1,0 +1,155 @@
+"""The command itself: exit codes, what goes to stdout and what to stderr, help."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import cases
+from typer.testing import CliRunner, Result
+
+from vllm_maxtext_loader.cli import app
+
+Twin = Callable[[str], Path]
+
+_MAIN = "from vllm_maxtext_loader.cli import main; main()"
+
+
+def _run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def _subprocess(*arguments: object, code: str = _MAIN) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONUTF8": "1", "COLUMNS": "80"}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+
+
+@pytest.fixture
+def moe() -> Path:
+    return cases()["moe_v2"].items
+
+
+def test_help_teaches() -> None:
+    for command in ("inspect", "verify", "export"):
+        assert command in _run("--help").stdout
+        shown = _run(command, "--help").stdout
+        assert "Examples" in shown and f"vllm-maxtext {command}" in shown and "Exit codes" in shown
+    assert "max_ulp" in _run("verify", "--help").stdout and "needs_config" in _run("inspect", "--help").stdout
+
+
+def test_keys_of_json_are_in_the_help(moe: Path) -> None:
+    shown = _run("inspect", "--help").stdout
+    found = json.loads(_run("inspect", moe, "--json").stdout)
+    keys = {
+        *found,
+        *found["model"],
+        *found["layout"],
+        *found["leaves"][0],
+        *found["skipped"][0],
+        *found["steps"][0],
+    }
+    assert not [key for key in keys if key not in shown]
+
+
+def test_version() -> None:
+    result = _run("--version")
+    assert result.exit_code == 0 and result.stdout.startswith("vllm-maxtext ")
+
+
+@pytest.mark.parametrize("arguments", [(), ("inspect",), ("nonsense",), ("inspect", "x", "--step", "-1")])
+def test_wrong_usage_is_two(arguments: tuple[str, ...]) -> None:
+    assert _run(*arguments).exit_code == 2
+
+
+def test_unusable_input_is_one_message(tmp_path: Path, moe: Path) -> None:
+    for arguments in (
+        ("inspect", tmp_path / "absent"),
+        ("inspect", moe, "--step", "7"),
+        ("verify", tmp_path / "absent", tmp_path),
+        ("verify", moe, tmp_path / "absent"),
+        ("export", moe, tmp_path / "out"),
+    ):
+        result = _run(*arguments)
+        assert result.exit_code == 2, arguments
+        assert result.stdout == "" and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+        assert "Traceback" not in result.stderr
+    assert _run("export", moe, tmp_path / "out", "--max-shard-size", "many").exit_code == 2
+    assert _run("export", moe, tmp_path / "out", "--dtype", "int8").exit_code == 2
+
+
+def test_inspect_of_what_would_not_load(edited: Callable[..., Path]) -> None:
+    items = edited("moe_v2", lambda params: params["decoder"].pop("decoder_norm") and None)
+    result = _run("inspect", items, "--json")
+    assert result.exit_code == 2 and json.loads(result.stdout)["error"]["type"] == "MissingLeafError"
+    assert result.stderr.startswith("error: ")
+
+
+def test_verify_exit_codes(moe: Path, twin: Twin, tmp_path: Path) -> None:
+    same = _run("verify", moe, twin("moe_v2"))
+    assert same.exit_code == 0 and "The same: 264 same" in same.stdout
+    assert "layers.0" not in same.stdout and "layers.0" in _run("verify", moe, twin("moe_v2"), "--all").stdout
+    other = shutil.copytree(twin("moe_v2"), tmp_path / "hf")
+    content = bytearray((other / "model.safetensors").read_bytes())
+    content[-1] ^= 0x40
+    (other / "model.safetensors").write_bytes(content)
+    found = _run("verify", moe, other, "--json")
+    assert found.exit_code == 1
+    report = json.loads(found.stdout)
+    assert report["same"] is False and len(report["tensors"]) == report["counts"]["differs"] == 1
+    assert len(json.loads(_run("verify", moe, other, "--json", "--all").stdout)["tensors"]) == 264
+    shown = _run("verify", moe, other)
+    assert shown.exit_code == 1 and "DIFFERENT" in shown.stdout
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"num_experts": 4}))
+    contradiction = _run("verify", moe, other)
+    assert (
+        contradiction.exit_code == 2 and "num_experts" in contradiction.stderr and contradiction.stdout == ""
+    )
+
+
+def test_export_then_verify(moe: Path, tmp_path: Path) -> None:
+    config = cases()["moe_v2"].twin_config
+    done = _run(
+        "export", moe, tmp_path / "out", "--config", config, "--max-shard-size", "1MB", "--dtype", "bfloat16"
+    )
+    assert done.exit_code == 0 and "Wrote 264 tensors" in done.stdout and done.stderr == ""
+    assert _run("verify", moe, tmp_path / "out").exit_code == 0
+    again = _run("export", moe, tmp_path / "out", "--config", config)
+    assert again.exit_code == 2 and "nothing is overwritten" in again.stderr
+
+
+def test_inspect_as_a_process(moe: Path) -> None:
+    """Only JSON on stdout, and none of the imports that take seconds."""
+    code = (
+        "import sys, atexit\n"
+        "heavy = ('torch', 'transformers', 'vllm', 'jax', 'orbax')\n"
+        "atexit.register(lambda: print(*(name for name in heavy if name in sys.modules), file=sys.stderr))\n"
+        + _MAIN
+    )
+    result = _subprocess("inspect", moe, "--json", code=code)
+    assert result.returncode == 0 and json.loads(result.stdout)["tensors"] == 264
+    assert result.stderr == "\n"
+    shown = _subprocess("inspect", moe)
+    assert shown.returncode == 0 and max(map(len, shown.stdout.splitlines())) <= 80
+
+
+def test_reader_that_has_seen_enough(moe: Path) -> None:
+    for arguments in (["inspect", moe], ["inspect", moe, "--json"]):
+        process = subprocess.Popen(
+            [sys.executable, "-c", _MAIN, *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        process.stderr.close()
+        assert process.wait(60) == 141

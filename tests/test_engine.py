@@ -1,0 +1,309 @@
+"""The real engine: vLLM with tpu-inference on JAX's CPU backend, from MaxText's checkpoints.
+
+Truth number two: what the engine holds after `load_format="maxtext"` is what it holds after loading the Hugging Face twin by
+vLLM's default loader, bit by bit and device by device, except what folding and the embedding change, which are checked by
+value. Both ways of loading (straight to the device; through `model.load_weights`) end in the same bits.
+
+Truth number three: what it says is what transformers says in float32.
+
+One process starts all engines of a device count (see engine/worker.py); the tests read what it wrote down.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import cases
+
+pytest.importorskip("tpu_inference")
+torch = pytest.importorskip("torch")
+
+WORKER = Path(__file__).parent / "engine" / "worker.py"
+PARALLEL = {
+    "moe_v2": ["1", "2", "4", "8", "4-ep", "8-ep"],
+    "dense_v2": ["1", "8"],
+    "moe_v1": ["2"],
+    "e2b": ["1", "4"],
+}
+"""Tensor parallel sizes per checkpoint; -ep with expert parallelism."""
+
+PROMPTS = [
+    [2, 7, 11, 13],
+    # Longer than the sliding window of 16 tokens, and than two of them.
+    [2] + [(7 * i + 3) % 250 for i in range(23)],
+    [2] + [(11 * i + 5) % 250 for i in range(59)],
+]
+
+
+def run_jobs(jobs: list[dict[str, Any]], directory: Path, devices: int) -> dict[str, Any]:
+    """Runs engines in a process of their own with `devices` JAX devices."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "jobs.json").write_text(json.dumps(jobs))
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        # Without a TPU the default KV cache would be as large as the machine's memory allows.
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+    }
+    environment.pop("MODEL_IMPL_TYPE", None)
+    with (directory / "log.txt").open("w") as log:
+        subprocess.run(
+            [sys.executable, str(WORKER), str(directory / "jobs.json"), str(directory / "answers.json")],
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+    answers = json.loads((directory / "answers.json").read_text())
+    if len(answers) < len(jobs):
+        pytest.fail(f"the engines' process died: {(directory / 'log.txt').read_text()[-3000:]}")
+    return answers
+
+
+def parallel_ids() -> list[str]:
+    """Every checkpoint and parallel setting, as "moe_v2-tp8-ep"."""
+    return [f"{name}-tp{setting}" for name, settings in PARALLEL.items() for setting in settings if name in cases()]
+
+
+@pytest.fixture(scope="module")
+def parallel(twin: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Each checkpoint at each parallel setting, loaded three ways."""
+    jobs: list[dict[str, Any]] = []
+    for key in parallel_ids():
+        name, _, setting = key.partition("-tp")
+        directory = twin(name)
+        config = json.loads((directory / "config.json").read_text())
+        arguments = {
+            "tensor_parallel_size": int(setting.partition("-")[0]),
+            "enable_expert_parallel": setting.endswith("-ep"),
+        }
+        ours = {
+            **arguments,
+            "load_format": "maxtext",
+            "model_loader_extra_config": {"checkpoint": str(cases()[name].items)},
+        }
+        folded = {"folded": True, "hidden_size": config["hidden_size"]}
+        jobs += [
+            {
+                "name": f"{key} default",
+                "model": str(directory),
+                "arguments": arguments,
+                "environment": {"MODEL_IMPL_TYPE": "vllm"},
+                "keep_state": True,
+            },
+            {
+                "name": f"{key} direct",
+                "model": str(directory),
+                "arguments": ours,
+                "compare": f"{key} default",
+                "keep_state": True,
+                "forget": f"{key} default",
+                **folded,
+            },
+            {
+                "name": f"{key} waist",
+                "model": str(directory),
+                "arguments": ours,
+                "environment": {"VLLM_MAXTEXT_DIRECT": "0"},
+                "compare": f"{key} direct",
+                "forget": f"{key} direct",
+            },
+        ]
+    return run_jobs(jobs, tmp_path_factory.mktemp("parallel"), devices=8)
+
+
+@pytest.mark.parametrize("key", parallel_ids())
+def test_state_is_the_default_loaders(parallel: dict[str, Any], key: str) -> None:
+    answer = parallel[f"{key} direct"]
+    assert "error" not in answer, answer.get("traceback")
+    assert answer["parameters"] > 100
+    assert answer["differences"] == {}
+    assert answer["placed_elsewhere"] == []
+    explained = answer["explained"]
+    assert any(name.endswith("embed_tokens.weight") for name in explained) or "dense" in key
+    layers = cases()[key.partition("-tp")[0]].facts["overrides"]
+    if any(override.startswith("num_experts=") for override in layers):
+        assert sum(name.endswith("w2_weight") for name in explained) == sum(
+            name.endswith("router.per_expert_scale") for name in explained
+        ) > 0
+
+
+@pytest.mark.parametrize("key", parallel_ids())
+def test_both_ways_end_in_the_same_bits(parallel: dict[str, Any], key: str) -> None:
+    answer = parallel[f"{key} waist"]
+    assert "error" not in answer, answer.get("traceback")
+    assert answer["differences"] == {}
+    assert answer["placed_elsewhere"] == []
+
+
+def test_log_says_what_was_loaded_and_assumed(parallel: dict[str, Any]) -> None:
+    log = parallel["moe_v2-tp1 direct"]["log"]
+    (summary,) = [line for line in log if line.startswith("INFO Loaded ")]
+    for part in (str(cases()["moe_v2"].items), "step 0", "scanned v2", "47 leaves", "264 tensors", "GiB/s", "peak host memory"):
+        assert part in summary
+    (folding,) = [line for line in log if "per_expert_scale" in line]
+    assert "folded into down_proj" in folding
+    assert "2332" in folding
+
+
+@pytest.fixture(scope="module")
+def spoken(twin: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the engine says after prompts shorter and longer than the sliding window; and loads that must fail."""
+    jobs: list[dict[str, Any]] = []
+    for name in ("dense_v1", "moe_v2", "e2b"):
+        if name not in cases():
+            continue
+        extra = {"checkpoint": str(cases()[name].items)}
+        arguments = {"load_format": "maxtext", "model_loader_extra_config": extra, "max_logprobs": -1}
+        jobs.append({"name": name, "model": str(twin(name)), "arguments": arguments, "prompts": PROMPTS})
+    moe = {"load_format": "maxtext", "model_loader_extra_config": {"checkpoint": str(cases()["moe_v2"].items)}}
+    jobs += [
+        {
+            "name": "unfolded",
+            "model": str(twin("moe_v2")),
+            "arguments": {
+                **moe,
+                "max_logprobs": -1,
+                "model_loader_extra_config": {**moe["model_loader_extra_config"], "fold_expert_scales": False},
+            },
+            "prompts": PROMPTS,
+        },
+        {"name": "flax", "model": str(twin("moe_v2")), "arguments": moe, "environment": {"MODEL_IMPL_TYPE": "flax_nnx"}},
+        {
+            "name": "unknown key",
+            "model": str(twin("moe_v2")),
+            "arguments": {**moe, "model_loader_extra_config": {"checkpoin": "x"}},
+        },
+        {"name": "wrong config", "model": str(twin("dense_v2")), "arguments": moe},
+        {
+            "name": "no tokenizer",
+            "model": str(cases()["moe_v2"].items),
+            "arguments": {"load_format": "maxtext", "skip_tokenizer_init": False},
+        },
+    ]
+    return run_jobs(jobs, tmp_path_factory.mktemp("spoken"), devices=1)
+
+
+def reference_logprobs(directory: Path, change: Callable[[Any], None] | None = None) -> list[np.ndarray]:
+    """Log-probs of the next token after each prompt: transformers, float32, on the twin."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    with torch.no_grad():
+        if change is not None:
+            change(model)
+        return [model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1).numpy() for prompt in PROMPTS]
+
+
+def distance(said: list[dict[str, float]], reference: list[np.ndarray]) -> float:
+    """Root mean square difference of log-probs over the whole vocabulary and all prompts."""
+    squares = [
+        (logprob - expected[int(token)]) ** 2
+        for answer, expected in zip(said, reference, strict=True)
+        for token, logprob in answer.items()
+    ]
+    return math.sqrt(sum(squares) / len(squares))
+
+
+def bound(layers: int, spread: float) -> float:
+    """What bfloat16 explains of the distance to float32.
+
+    A bfloat16 rounding is off by at most 2**-9 of the value, by 2**-9/sqrt(3) in the root mean square. Each layer rounds its
+    residual stream, its attention, its MLP and (in a mixture) its experts: about a dozen roundings a layer that reach the
+    output, independent of one another, so that their squares add up. Relative to logits of the given spread (standard
+    deviation) this is spread * 2**-9 / sqrt(3) * sqrt(12 * layers); times 4, because errors of early layers are amplified
+    on their way by the norms and by attention.
+    """
+    return 4 * spread * 2**-9 / math.sqrt(3) * math.sqrt(12 * layers)
+
+
+def _config(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "config.json").read_text())
+
+
+@pytest.mark.parametrize("name", [name for name in ("dense_v1", "moe_v2", "e2b") if name in cases()])
+def test_logprobs_are_transformers_float32(spoken: dict[str, Any], twin: Callable[[str], Path], name: str) -> None:
+    answer = spoken[name]
+    assert "error" not in answer, answer.get("traceback")
+    reference = reference_logprobs(twin(name))
+    limit = bound(_config(twin(name))["num_hidden_layers"], float(np.mean([np.std(row) for row in reference])))
+    assert {len(row) for row in answer["logprobs"]} == {_config(twin(name))["vocab_size"]}
+    assert distance(answer["logprobs"], reference) < limit
+
+
+def _swap_gate_and_up(model: Any) -> None:
+    experts = model.model.layers[3].experts
+    gate, up = experts.gate_up_proj.data.chunk(2, dim=1)
+    experts.gate_up_proj.data = torch.cat([up, gate], dim=1)
+
+
+def _forget_layer_scalar(model: Any) -> None:
+    model.model.layers[4].layer_scalar.fill_(1)
+
+
+def _forget_expert_scale(model: Any) -> None:
+    for layer in model.model.layers:
+        layer.router.per_expert_scale.data.fill_(1)
+
+
+def _shift_a_layer(model: Any) -> None:
+    first, second = model.model.layers[1], model.model.layers[2]
+    weights = {key: value.clone() for key, value in first.state_dict().items()}
+    first.load_state_dict(second.state_dict())
+    second.load_state_dict(weights)
+
+
+@pytest.mark.parametrize("mistake", [_swap_gate_and_up, _forget_layer_scalar, _forget_expert_scale, _shift_a_layer])
+def test_bound_catches_mistakes(
+    spoken: dict[str, Any], twin: Callable[[str], Path], mistake: Callable[[Any], None]
+) -> None:
+    """The reference with one mistake in it is further from the engine than the bound allows."""
+    reference = reference_logprobs(twin("moe_v2"))
+    limit = bound(_config(twin("moe_v2"))["num_hidden_layers"], float(np.mean([np.std(row) for row in reference])))
+    assert distance(spoken["moe_v2"]["logprobs"], reference_logprobs(twin("moe_v2"), mistake)) > limit
+
+
+def test_unfolded_scale_is_lost_on_tpu_inference(spoken: dict[str, Any], twin: Callable[[str], Path]) -> None:
+    """Why folding is the default: without it the engine computes the model whose scales are one."""
+    reference = reference_logprobs(twin("moe_v2"))
+    without = reference_logprobs(twin("moe_v2"), _forget_expert_scale)
+    limit = bound(_config(twin("moe_v2"))["num_hidden_layers"], float(np.mean([np.std(row) for row in reference])))
+    said = spoken["unfolded"]["logprobs"]
+    assert distance(said, reference) > limit
+    assert distance(said, without) < limit
+
+
+def test_flax_model_is_refused(spoken: dict[str, Any]) -> None:
+    error = spoken["flax"]["error"]
+    assert error.startswith("EngineError")
+    assert "MODEL_IMPL_TYPE=flax_nnx" in error
+    assert "Unset MODEL_IMPL_TYPE" in error
+
+
+def test_unknown_option_is_refused(spoken: dict[str, Any]) -> None:
+    error = spoken["unknown key"]["error"]
+    assert error.startswith("OptionError")
+    assert "'checkpoin'" in error
+    assert "checkpoint, step, model_name, fold_expert_scales, concurrent_gib" in error
+
+
+def test_configuration_of_another_model_is_refused(spoken: dict[str, Any]) -> None:
+    error = spoken["wrong config"]["error"]
+    assert error.startswith("ConfigMismatchError")
+    assert "num_experts: configuration None, checkpoint 8" in error
+
+
+def test_missing_tokenizer_is_named(spoken: dict[str, Any]) -> None:
+    error = spoken["no tokenizer"]["error"]
+    assert error.startswith("EngineError")
+    assert "--tokenizer" in error

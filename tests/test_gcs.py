@@ -1,0 +1,201 @@
+"""Loading from a real GCS server: the same tensors as from the disk, every object's bytes read once."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import gcs
+import numpy as np
+import pytest
+import tensorstore as ts
+from conftest import FIXTURES, cases
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
+
+from vllm_maxtext_loader import open_checkpoint
+from vllm_maxtext_loader.api import Checkpoint
+from vllm_maxtext_loader.checkpoint.reader import Piece, read_pieces
+
+
+def without_database(source: Path, target: Path) -> Path:
+    """A copy of a run whose arrays lie in a directory each: the content of the OCDBT database as plain files."""
+    ignored = shutil.ignore_patterns("d", "ocdbt.process_*", "manifest.ocdbt", "array_metadatas", "_sharding")
+    shutil.copytree(source, target, ignore=ignored)
+    for items in source.glob("*/items"):
+        store = ts.KvStore.open({"driver": "ocdbt", "base": f"file://{items}/"}).result()
+        for key in store.list().result():
+            path = target / items.relative_to(source) / key.decode()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(store.read(key).result().value)
+        metadata = target / items.relative_to(source) / "_METADATA"
+        metadata.write_text(json.dumps(json.loads(metadata.read_text()) | {"use_ocdbt": False}))
+    return target
+
+
+@pytest.fixture(scope="module", params=["moe_v2", "moe_v1", "moe_v2 in files", "moe_v1 in files"])
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """A run on the disk and in the bucket: zarr v3 (v2) and v2 (v1), in a database and in files."""
+    name, _, files = request.param.partition(" ")
+    path = FIXTURES / name / "checkpoints"
+    if files:
+        path = without_database(path, tmp_path_factory.mktemp("files") / name)
+    server = gcs.shared()[0]
+    prefix = request.param.replace(" ", "-")
+    server.upload(path, gcs.BUCKET, f"{prefix}/")
+    # The v1 fixture was written to a disk by an Orbax that leaves no commit file there.
+    server.put(gcs.BUCKET, f"{prefix}/0/commit_success.txt", b"")
+    return f"gs://{gcs.BUCKET}/{prefix}", path
+
+
+@pytest.fixture
+def proxy() -> Iterator[gcs.Proxy]:
+    proxy = gcs.shared()[1]
+    proxy.clear()
+    with gcs.environment(proxy.url):
+        yield proxy
+
+
+def pieces(checkpoint: Checkpoint) -> list[Piece]:
+    tree = checkpoint.tree
+    return list(read_pieces(tree.leaves.values(), tree.arrays, checkpoint.concurrent_bytes, str(checkpoint)))
+
+
+def with_config(checkpoint: Checkpoint, case: str) -> Checkpoint:
+    """As vLLM opens it: with a Hugging Face configuration."""
+    import transformers
+
+    config = json.loads((cases()[case].twin_config / "config.json").read_text())
+    return checkpoint.with_config(transformers.AutoConfig.for_model(**config))
+
+
+def test_same_tensors_and_nothing_twice(run: tuple[str, Path], proxy: gcs.Proxy) -> None:
+    url, path = run
+    expected = pieces(open_checkpoint(path))
+    checkpoint = open_checkpoint(url)
+    tree = checkpoint.tree
+    opened = proxy.counts()
+    assert (opened["list"], opened["stat"]) == (2, 1), "the run, the step; the item's _METADATA"
+    arrays = len(tree.leaves) + len(tree.skipped)
+    small = [request.name.rsplit("/", 1)[-1] for request in proxy.reads()]
+    if tree.ocdbt:
+        nodes = [name for name in small if len(name) == 32]
+        assert Counter(small) - Counter(nodes) == Counter(["_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt"])
+        assert len(nodes) <= 3, "the database's B-tree, not one object per array"
+    else:
+        assert Counter(small)[".zarray"] + Counter(small)["zarr.json"] == arrays
+        assert len(small) == arrays + 2
+    proxy.clear()
+
+    for actual, wanted in zip(pieces(checkpoint), expected, strict=True):
+        assert (actual.leaf, actual.box) == (wanted.leaf, wanted.box)
+        np.testing.assert_array_equal(actual.array, wanted.array, err_msg=actual.leaf.key)
+    assert proxy.counts().keys() == {"read"}
+    chunks = sum(
+        math.prod(math.ceil(size / step) for size, step in zip(leaf.shape, leaf.chunks, strict=True))
+        for leaf in tree.leaves.values()
+    )
+    # Small chunks lie inside the database's B-tree and need no request of their own.
+    assert proxy.counts()["read"] <= chunks if tree.ocdbt else proxy.counts()["read"] == chunks
+    assert_once(proxy)
+
+
+def test_whole_load_as_vllm_does_it(proxy: gcs.Proxy) -> None:
+    gcs.shared()[0].upload(FIXTURES / "dense_v2/checkpoints", gcs.BUCKET, "whole/")
+    url = f"gs://{gcs.BUCKET}/whole"
+    # As vLLM loads it, with a configuration, and without one: the vocabulary is then measured.
+    for configured in (True, False):
+        checkpoint = open_checkpoint(url)
+        checkpoint = with_config(checkpoint, "dense_v2") if configured else checkpoint
+        names = [name for name, _ in checkpoint.hf_weights()]
+        assert len(names) == len(checkpoint.plan.targets)
+        assert_once(proxy)
+        proxy.clear()
+
+
+def test_small_read_budget_reads_nothing_twice(proxy: gcs.Proxy) -> None:
+    gcs.shared()[0].upload(FIXTURES / "moe_v2/checkpoints", gcs.BUCKET, "budget/")
+    pieces(open_checkpoint(f"gs://{gcs.BUCKET}/budget", concurrent_gib=1e-6))
+    assert_once(proxy)
+
+
+def test_newest_and_wanted_step(proxy: gcs.Proxy, copy_case: Callable[[str], Path]) -> None:
+    steps = copy_case("dense_v2") / "checkpoints"
+    shutil.copytree(steps / "0", steps / "20")
+    (shutil.copytree(steps / "0", steps / "30") / "commit_success.txt").unlink()
+    gcs.shared()[0].upload(steps, gcs.BUCKET, "steps/")
+    url = f"gs://{gcs.BUCKET}/steps"
+    assert open_checkpoint(url).location.step == 20
+    assert open_checkpoint(url, step=0).location.items.url == f"{url}/0/items"
+
+
+LOAD = """
+import logging, sys
+logging.basicConfig(level=logging.DEBUG)
+from vllm_maxtext_loader import open_checkpoint
+from vllm_maxtext_loader.checkpoint.reader import read_pieces
+tree = open_checkpoint(sys.argv[1]).tree
+print(len(list(read_pieces(tree.leaves.values(), tree.arrays, 1 << 28, sys.argv[1]))))
+"""
+
+
+def load_elsewhere(url: str, proxy: gcs.Proxy, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A load in a process of its own, where Google's client finds credentials as it would outside of tests."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("GOOGLE_", "STORAGE_"))}
+    # An endpoint, unlike an emulator, is given credentials.
+    kept |= {"API_ENDPOINT_OVERRIDE": proxy.url, "TENSORSTORE_GCS_HTTP_URL": proxy.url, **variables}
+    return subprocess.run([sys.executable, "-c", LOAD, url], env=kept, capture_output=True, text=True, timeout=120)
+
+
+def test_public_bucket_without_credentials(proxy: gcs.Proxy, tmp_path: Path) -> None:
+    gcs.shared()[0].upload(FIXTURES / "dense_v2/checkpoints", gcs.BUCKET, "public/")
+    home = {"HOME": str(tmp_path), "CLOUDSDK_CONFIG": str(tmp_path), "GCE_METADATA_ROOT": f"127.0.0.1:{gcs.free_port()}"}
+    done = load_elsewhere(f"gs://{gcs.BUCKET}/public", proxy, **home)
+    assert done.returncode == 0, done.stderr
+    assert proxy.counts()["read"] > 3 and not any(request.authorization for request in proxy.requests)
+
+
+def test_service_account_and_no_secret_in_logs(proxy: gcs.Proxy, tmp_path: Path) -> None:
+    gcs.shared()[0].upload(FIXTURES / "dense_v2/checkpoints", gcs.BUCKET, "private/")
+    pem = rsa.generate_private_key(65537, 2048).private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    key = {"type": "service_account", "client_email": "a@b.iam.gserviceaccount.com", "private_key": pem.decode()}
+    (tmp_path / "key.json").write_text(json.dumps(key | {"token_uri": f"{proxy.url}/token"}))
+    token = {"access_token": "ya29.SECRET", "expires_in": 3600, "token_type": "Bearer"}
+    proxy.faults = [
+        gcs.Fault("other /token", status=200, body=json.dumps(token)),
+        gcs.Fault("read .*private/0/items/_METADATA", status=503, times=1),
+    ]
+    done = load_elsewhere(
+        f"gs://{gcs.BUCKET}/private",
+        proxy,
+        GOOGLE_APPLICATION_CREDENTIALS=str(tmp_path / "key.json"),
+        # TensorStore would fetch a token of its own for the key, from Google only.
+        GOOGLE_AUTH_TOKEN_FOR_TESTING="ya29.SECRET",
+    )
+    assert done.returncode == 0, done.stderr
+    asked = [request for request in proxy.requests if request.kind != "other"]
+    assert len(asked) > 6 and {request.authorization for request in asked} == {"Bearer ya29.SECRET"}
+    said = done.stdout + done.stderr
+    assert "private/0/items/_METADATA: cannot read: HTTP 503" in said
+    assert "SECRET" not in said and pem.decode().splitlines()[1] not in said
+
+
+def assert_once(proxy: gcs.Proxy) -> None:
+    """No byte of any object was sent twice."""
+    ranges: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    for request in proxy.reads():
+        start, _, end = request.span.removeprefix("bytes=").partition("-")
+        ranges[request.name].append((int(start or 0), int(end) if end else math.inf))
+    for name, spans in ranges.items():
+        spans.sort()
+        for (_, end), (start, _) in zip(spans, spans[1:], strict=False):
+            assert start > end, f"{name}: {spans}"

@@ -1,0 +1,160 @@
+"""`vllm-maxtext inspect`: what metadata alone tells, and how it is shown."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Tree, cases
+from rich.console import Console
+
+from vllm_maxtext_loader.checkpoint.tree import Leaf
+from vllm_maxtext_loader.errors import CheckpointNotFoundError
+from vllm_maxtext_loader.inspect_checkpoint import container_of, count_chunks, inspect_checkpoint
+from vllm_maxtext_loader.tables import fold, ranges, show_inspection, size
+
+Edited = Callable[..., Path]
+
+
+def _shown(path: Path, width: int) -> str:
+    out = io.StringIO()
+    show_inspection(Console(file=out, width=width, highlight=False, markup=False), inspect_checkpoint(path))
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("name", cases())
+def test_every_case_loads(name: str) -> None:
+    found = inspect_checkpoint(cases()[name].items).to_json()
+    json.dumps(found, allow_nan=False)
+    sliding_end = found["model"]["dims"]["layers"][-1]["sliding"]
+    assert found["loads"] is not sliding_end
+    assert found["bytes"] == sum(leaf["bytes"] for leaf in found["leaves"]) == sum(found["dtypes"].values())
+    assert all(
+        leaf["key"].startswith(leaf["name"]) or leaf["name"] in leaf["key"] for leaf in found["leaves"]
+    )
+
+
+def test_facts_of_a_scanned_checkpoint() -> None:
+    found = inspect_checkpoint(cases()["moe_v2"].items).to_json()
+    assert found["layout"] == {
+        "description": "scanned v2, scan axis 1, 2 blocks, 12 layers",
+        "title": "scanned v2",
+        "scan_axis": 1,
+        "blocks": 2,
+        "layers": 12,
+    }
+    assert found["wrapper"] == "Linen (MaxText train state)"
+    assert found["storage"] == {"ocdbt": True, "zarr": 3, "compression": "zstd 3"}
+    assert found["model"]["name"] is None and found["needs_config"] is True
+    assert found["model"]["dims"]["experts"] == 8
+    assert found["step"] == 0 and found["tensors"] == 264
+    assert [entry["reason"] for entry in found["skipped"]] == ["training step"]
+    (scale,) = (
+        leaf
+        for leaf in found["leaves"]
+        if leaf["name"].endswith("global_layer.mlp.moe_block.MoeBlock_0.wi_0")
+    )
+    assert scale["container"] == "decoder.scanned_blocks.global_layer"
+    assert scale["shape"] == [8, 2, 96, 40] and scale["bytes"] == 8 * 2 * 96 * 40 * 2
+    assert scale["chunks"] == np.prod(
+        [-(-a // b) for a, b in zip(scale["shape"], scale["chunk"], strict=True)]
+    )
+
+
+def test_model_name_is_checked_and_reported() -> None:
+    assert inspect_checkpoint(cases()["moe_v2"].items, model_name="gemma4-26b").preset == "gemma4-26b"
+    wrong = inspect_checkpoint(cases()["moe_v2"].items, model_name="gemma4-31b")
+    assert not wrong.loads and "gemma4-31b has no experts" in str(wrong.error)
+
+
+def test_no_array_data_is_read(edited: Edited) -> None:
+    items = edited("moe_v2", lambda params: None, ocdbt=False, zarr3=False)
+    for file in items.rglob("*"):
+        if file.is_file() and file.name not in ("_METADATA", "_sharding", ".zarray", "commit_success.txt"):
+            file.unlink()
+    found = inspect_checkpoint(items)
+    assert found.loads and found.to_json()["storage"]["zarr"] == 2
+
+
+def test_a_model_that_would_not_load_is_shown_all_the_same(edited: Edited) -> None:
+    def drop(params: Tree) -> None:
+        del params["decoder"]["decoder_norm"]
+        params["decoder"]["lora"] = {"a": np.ones((3, 4), np.float32)}
+
+    found = inspect_checkpoint(edited("moe_v2", drop))
+    content = found.to_json()
+    assert not found.loads and content["error"]["type"] == "UnknownLeafError"
+    assert content["layout"] is None and content["model"]["dims"] is None and content["tensors"] is None
+    assert any(leaf["name"] == "decoder.lora.a" for leaf in content["leaves"])
+    shown = _shown(Path(found.tree.location.items.url), 80)
+    assert "decoder.lora" in shown and "UnknownLeafError" in shown
+
+
+def test_steps_of_a_run(copy_case: Callable[[str], Path]) -> None:
+    run = copy_case("moe_v2") / "checkpoints"
+    for number in ("100", "2000"):
+        shutil.copytree(run / "0", run / number)
+    metadata = run / "2000" / "_CHECKPOINT_METADATA"
+    metadata.write_text(json.dumps({**json.loads(metadata.read_text()), "commit_timestamp_nsecs": None}))
+    (run / "3000.orbax-checkpoint-tmp-17").mkdir()
+    (run / "logs").mkdir()
+    found = inspect_checkpoint(run)
+    assert found.tree.location.step == 100
+    assert [(step.number, step.committed) for step in found.steps] == [
+        (0, True),
+        (100, True),
+        (2000, False),
+        (3000, False),
+    ]
+    assert "no commit time" in found.steps[2].detail and "temporary" in found.steps[3].detail
+    shown = " ".join(_shown(run, 80).split())
+    assert "0, 100 committed" in shown and "2000 not committed" in shown
+    assert [step.number for step in inspect_checkpoint(run / "0" / "items").steps] == [0, 100, 2000, 3000]
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointNotFoundError):
+        inspect_checkpoint(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("name", cases())
+def test_eighty_columns_lose_nothing(name: str) -> None:
+    shown = _shown(cases()[name].items, 80)
+    assert max(map(len, shown.splitlines())) <= 80
+    # Names are folded, never cut: without the white space each is still there.
+    first_column = "".join(line[:34].strip() for line in shown.splitlines())
+    for leaf in inspect_checkpoint(cases()[name].items).tree.leaves.values():
+        below = leaf.name.removeprefix(container_of(leaf)[0] + ".")
+        assert below in shown or all(part in first_column for part in below.split("."))
+
+
+def test_layers_alike_are_shown_once() -> None:
+    unscanned = [name for name, case in cases().items() if not case.facts["scan_layers"]]
+    if not unscanned:
+        pytest.skip("no unscanned fixture")
+    shown = _shown(cases()[unscanned[0]].items, 100)
+    assert "alike" in shown and shown.count("self_attention.query.kernel") < 5
+
+
+def test_chunks_are_counted() -> None:
+    leaf = Leaf("params.x", ("x",), (10, 7), np.dtype(np.float32), (4, 7))
+    assert count_chunks(leaf) == 3
+
+
+def test_fold_breaks_after_dots() -> None:
+    name = "mlp.moe_block.MoeBlock_0.per_expert_scale"
+    assert fold(name, 80) == name
+    lines = fold(name, 25, "  ").split("\n")
+    assert lines == ["  mlp.moe_block.", "    MoeBlock_0.", "    per_expert_scale"]
+    assert "".join(line.strip() for line in fold("a" * 40 + ".b", 10).split("\n")) == "a" * 40 + ".b"
+
+
+def test_small_words() -> None:
+    assert ranges([4, 0, 1, 2, 6]) == "0-2,4,6"
+    assert ranges([3, 4], together=False) == "3, 4"
+    assert (size(8), size(3 << 20), size(5 << 30)) == ("8 B", "3.00 MiB", "5.00 GiB")

@@ -1,0 +1,59 @@
+"""Loader options: every key, and what an unusable value says."""
+
+from __future__ import annotations
+
+import pytest
+
+from vllm_maxtext_loader import MaxTextLoadError
+from vllm_maxtext_loader.errors import OptionError
+from vllm_maxtext_loader.options import Options
+
+
+def test_defaults() -> None:
+    options = Options.parse(None)
+    assert options == Options()
+    assert options.fold_expert_scales == "auto"
+
+
+def test_every_key() -> None:
+    given = {
+        "checkpoint": "gs://b/run/checkpoints",
+        "step": 7,
+        "model_name": "gemma4-26b",
+        "fold_expert_scales": True,
+        "concurrent_gib": 0.5,
+    }
+    assert Options.parse(given) == Options(**given)
+
+
+def test_unknown_key_is_refused_with_the_list() -> None:
+    with pytest.raises(OptionError) as caught:
+        Options.parse({"chekpoint": "x"})
+    message = str(caught.value)
+    assert "'chekpoint'" in message
+    assert "Did you mean checkpoint?" in message
+    for key in ("checkpoint", "step", "model_name", "fold_expert_scales", "concurrent_gib"):
+        assert key in message
+    assert isinstance(caught.value, MaxTextLoadError)
+    assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("checkpoint", 3),
+        ("checkpoint", ""),
+        ("step", -1),
+        ("step", "newest"),
+        ("step", True),
+        ("model_name", 26),
+        ("fold_expert_scales", "yes"),
+        ("concurrent_gib", 0),
+        ("concurrent_gib", float("inf")),
+        ("concurrent_gib", "1GB"),
+    ],
+)
+def test_unusable_value_names_key_and_value(key: str, value: object) -> None:
+    with pytest.raises(OptionError, match=key) as caught:
+        Options.parse({key: value})
+    assert repr(value) in str(caught.value)

@@ -1,0 +1,356 @@
+"""`vllm-maxtext`: look into, check and export MaxText checkpoints from the command line."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import importlib.metadata
+import inspect as inspection
+import io
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vllm_maxtext_loader.errors import MaxTextLoadError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from vllm_maxtext_loader.checkpoint.reader import Piece
+
+DIFFERENT, UNUSABLE, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
+"""Exit codes beside 0; the last two are what a shell reports for SIGINT and SIGPIPE."""
+
+_PIPED_WIDTH = 200
+_SHOW_PROGRESS_AFTER = 2.0
+
+app = typer.Typer(
+    name="vllm-maxtext",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Checkpoint = Annotated[
+    str,
+    typer.Argument(
+        metavar="CKPT",
+        help="Local path or gs:// URL of an items directory, of a step, or of a run's checkpoint directory.",
+    ),
+]
+StepOption = Annotated[
+    int | None,
+    typer.Option("--step", min=0, help="Step of a run's checkpoint directory. Default: newest committed."),
+]
+ModelName = Annotated[
+    str | None,
+    typer.Option(
+        "--model-name",
+        help="gemma4-26b, gemma4-31b, gemma4-e2b or gemma4-e4b: where to take from what shapes cannot tell "
+        "(sliding window, rope, top-k). Default: chosen by shape.",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, to stdout.")]
+
+
+class Dtype(enum.StrEnum):
+    """Values of `--dtype`."""
+
+    STORED = "stored"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"vllm-maxtext {importlib.metadata.version('vllm-maxtext-loader')}")
+        raise typer.Exit
+
+
+def _command(function: Callable[..., None]) -> Callable[..., None]:
+    """Registers a command; its docstring is the help, lines joined to paragraphs unless they are indented."""
+    assert function.__doc__ is not None
+    paragraphs = inspection.cleandoc(function.__doc__).split("\n\n")
+    flowing = [text if "\n  " in text else text.replace("\n", " ") for text in paragraphs]
+    return app.command(help="\n\n".join(flowing))(function)
+
+
+@app.callback(epilog="Exit codes: 0 good, 1 the check found differences, 2 unusable input or usage.")
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Look into, check and export MaxText's Gemma 4 checkpoints.
+
+    Serving needs none of it: vllm serve CKPT --load-format maxtext reads them as they are.
+    """
+
+
+@_command
+def inspect(
+    checkpoint: Checkpoint, step: StepOption = None, model_name: ModelName = None, as_json: AsJson = False
+) -> None:
+    """Show what is in a checkpoint and whether it would load.
+
+    Reads metadata only: a second, whatever its size.
+
+    [bold]Examples[/bold]
+      vllm-maxtext inspect gs://bucket/run/checkpoints
+      vllm-maxtext inspect /ckpt/run/checkpoints --step 1000
+      vllm-maxtext inspect CKPT --json | jq .loads
+
+    [bold]Exit codes[/bold]
+      0  it would load
+      2  it would not, or there is no checkpoint
+
+    [bold]Keys of --json[/bold]
+      checkpoint, requested  paths; step: int or null
+      loads, needs_config    bool; the latter: only with a configuration
+                             or a model name
+      error                  null, or {type, message}: why it would not load
+      model                  {name, published, dims}
+      layout                 {description, title, scan_axis, blocks, layers}
+      wrapper                what wrote it
+      storage                {ocdbt, zarr, compression}
+      dtypes                 {dtype: bytes}
+      bytes, skipped_bytes   decoded
+      tensors                number of Hugging Face tensors it makes
+      leaves                 {key, name, container, shape, dtype, chunk,
+                             chunks, bytes} each
+      skipped                {reason, arrays, bytes} each
+      steps                  {step, committed, detail} each
+      notes                  sentences
+      model.dims, layout and tensors are null where the model is not understood.
+    """
+    with _tidy():
+        from vllm_maxtext_loader.inspect_checkpoint import inspect_checkpoint
+
+        found = inspect_checkpoint(checkpoint, step=step, model_name=model_name)
+        if as_json:
+            _print_json(found.to_json())
+        else:
+            from vllm_maxtext_loader.tables import show_inspection
+
+            show_inspection(_console(), found)
+        if found.error is not None:
+            raise found.error
+
+
+@_command
+def verify(
+    checkpoint: Checkpoint,
+    hf_dir: Annotated[
+        str, typer.Argument(metavar="HF_DIR", help="Local Hugging Face directory (safetensors).")
+    ],
+    step: StepOption = None,
+    every_row: Annotated[
+        bool, typer.Option("--all", help="Show every tensor, not only those that differ.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare a checkpoint with a Hugging Face directory, tensor by tensor.
+
+    Memory stays bounded, whatever the size. Values are compared in the coarser of the two dtypes. Embedding
+    values are the same where they are equal, or where multiplying by sqrt(hidden size) gives what MaxText
+    stores. Vision and audio towers that only one side has are listed, not counted as differences. A
+    config.json in HF_DIR must fit the checkpoint.
+
+    [bold]Examples[/bold]
+      vllm-maxtext verify gs://bucket/gemma4/0/items ./gemma-4-26B-A4B-it
+      vllm-maxtext verify CKPT HF_DIR --json | jq '.tensors[].name'
+
+    [bold]Exit codes[/bold]
+      0  the same
+      1  differences
+      2  unusable input
+
+    [bold]Keys of --json[/bold]
+      checkpoint, hf_dir  paths
+      same                bool
+      counts              {status: number of tensors}
+      notes               sentences
+      tensors             those that differ, or all with --all; each {name,
+                          status, detail, shape {checkpoint, hf},
+                          dtype {checkpoint, hf}, compared_as, values,
+                          differing, max_abs, max_ulp, rescaled}
+      Statuses: same, differs, other shape, not comparable, not in HF_DIR,
+      not in checkpoint, not compared. max_abs is null where it is no number.
+    """
+    with _tidy():
+        from vllm_maxtext_loader.api import open_checkpoint
+        from vllm_maxtext_loader.hf_directory import read_hf_directory
+        from vllm_maxtext_loader.verify import verify as compare
+
+        hf = read_hf_directory(hf_dir)
+        opened = open_checkpoint(checkpoint, step=step)
+        with _progress(opened.plan.nbytes, "Comparing") as on_piece:
+            report = compare(opened, hf, on_piece=on_piece)
+        if as_json:
+            _print_json(report.to_json(every_row=every_row))
+        else:
+            from vllm_maxtext_loader.tables import show_report
+
+            show_report(_console(), report, every_row=every_row)
+    if not report.same:
+        raise typer.Exit(DIFFERENT)
+
+
+@_command
+def export(
+    checkpoint: Checkpoint,
+    out_dir: Annotated[
+        str, typer.Argument(metavar="OUT_DIR", help="Directory to make; must not exist, or be empty.")
+    ],
+    step: StepOption = None,
+    model_name: ModelName = None,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HF_DIR|FILE",
+            help="Local Hugging Face directory or config.json of the model. Default: read off the shapes.",
+        ),
+    ] = None,
+    dtype: Annotated[
+        Dtype,
+        typer.Option(metavar="DTYPE", help="bfloat16, float16, float32, or stored: as MaxText saved it."),
+    ] = Dtype.STORED,
+    max_shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Most bytes of one file: 5GB, 512MB, 2GiB.")
+    ] = "5GB",
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Local directory whose tokenizer and processor files are copied."),
+    ] = None,
+) -> None:
+    """Write a checkpoint as a Hugging Face directory that transformers and vLLM load.
+
+    Needs as much disk as the model has bytes, and little memory. OUT_DIR appears when everything in it is
+    complete; until then it is a hidden directory beside it, removed when the export fails or is interrupted.
+
+    [bold]Examples[/bold]
+      vllm-maxtext export gs://bucket/run/checkpoints ./tuned --dtype bfloat16
+      vllm-maxtext export CKPT ./tuned --config HF_DIR --tokenizer HF_DIR
+
+    [bold]Exit codes[/bold]
+      0  written
+      2  unusable input, or no space
+    """
+    with _tidy():
+        from vllm_maxtext_loader.api import open_checkpoint
+        from vllm_maxtext_loader.export import export as write
+        from vllm_maxtext_loader.export import parse_size
+        from vllm_maxtext_loader.tables import size
+
+        try:
+            limit = parse_size(max_shard_size)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--max-shard-size") from error
+        opened = open_checkpoint(checkpoint, step=step, model_name=model_name)
+        with _progress(opened.plan.nbytes, "Exporting") as on_piece, _sigterm_raises():
+            done = write(
+                opened,
+                out_dir,
+                dtype=dtype.value,
+                max_shard_bytes=limit,
+                config=config,
+                tokenizer=tokenizer,
+                on_piece=on_piece,
+            )
+        for note in done.notes:
+            typer.echo(f"note: {note}", err=True)
+        files = f"{done.shards} file{'s' if done.shards > 1 else ''}"
+        typer.echo(f"Wrote {done.tensors} tensors, {size(done.nbytes)}, in {files} to {done.path}")
+
+
+def main() -> None:
+    """Entry point."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show "×" shall not end the command.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    app()
+
+
+@contextlib.contextmanager
+def _tidy() -> Iterator[None]:
+    """Errors as one message, no traceback, and the exit code that was promised."""
+    try:
+        yield
+        sys.stdout.flush()
+    except MaxTextLoadError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(UNUSABLE) from error
+    except BrokenPipeError as error:
+        # `| head` has seen enough. Python would complain once more when it flushes stdout at exit.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(BROKEN_PIPE) from error
+    except KeyboardInterrupt as error:
+        typer.echo("interrupted", err=True)
+        raise typer.Exit(INTERRUPTED) from error
+
+
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """A preempted machine says SIGTERM first: time enough to remove what is half written."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(*_: object) -> None:
+        sys.exit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    class Piped(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
+    # In a file or a pipe there is no edge to fold names at, unless someone says so.
+    terminal = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Piped(highlight=False, emoji=False, markup=False, width=None if terminal else _PIPED_WIDTH)
+
+
+def _print_json(content: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def _progress(total: int, what: str) -> Iterator[Callable[[Piece], None]]:
+    """A bar on stderr for what takes longer than two seconds; none where stderr is no terminal."""
+    from tqdm import tqdm
+
+    with tqdm(
+        total=total,
+        desc=what,
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1024,
+        delay=_SHOW_PROGRESS_AFTER,
+        disable=None,
+        leave=False,
+        file=sys.stderr,
+    ) as bar:
+
+        def on_piece(piece: Piece) -> None:
+            bar.update(piece.array.nbytes)
+
+        yield on_piece

@@ -1,0 +1,166 @@
+"""A local Hugging Face model directory: which tensors its safetensors files hold, and its config.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_maxtext_loader.errors import ConfigMismatchError
+from vllm_maxtext_loader.safetensors_files import HfTensor, HuggingFaceDirectoryError, read_header
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+CONFIG_FILE = "config.json"
+GENERATION_CONFIG_FILE = "generation_config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class HfDirectory:
+    """A model directory.
+
+    Attributes:
+        path: where it is.
+        tensors: by `canonical` name.
+        config_file: its config.json, None where it has none.
+    """
+
+    path: Path
+    tensors: dict[str, HfTensor]
+    config_file: Path | None
+
+
+def canonical(name: str) -> str:
+    """One name for text tensors: a text-only checkpoint's `model.…`, elsewhere `model.language_model.…`."""
+    for prefix in ("model.language_model.", "language_model.model."):
+        if name.startswith(prefix):
+            return f"model.{name.removeprefix(prefix)}"
+    return name
+
+
+def natural_order(name: str) -> list[tuple[int, str]]:
+    """Sort key of a dotted name that puts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def read_hf_directory(path: str | os.PathLike[str]) -> HfDirectory:
+    """Reads the headers of all safetensors files of a directory, no tensor data.
+
+    Args:
+        path: directory with model.safetensors, or model.safetensors.index.json and its shards, or other
+            .safetensors files.
+
+    Raises:
+        HuggingFaceDirectoryError: it does not exist, holds no safetensors files, or one is missing, truncated
+            or damaged.
+    """
+    directory = Path(path).expanduser()
+    if not directory.is_dir():
+        raise HuggingFaceDirectoryError(
+            f"{path}: no such directory. Give a local Hugging Face model directory (`hf download NAME "
+            f"--local-dir DIR` makes one)."
+        )
+    tensors: dict[str, HfTensor] = {}
+    for file, wanted in _files(directory).items():
+        header = read_header(file)
+        if wanted is not None and (absent := wanted - {tensor.name for tensor in header}):
+            raise HuggingFaceDirectoryError(
+                f"{file}: lacks {min(absent)} ({len(absent)} tensors in all), which {INDEX_FILE} says it "
+                f"holds. Download the directory again."
+            )
+        for tensor in header:
+            if wanted is not None and tensor.name not in wanted:
+                continue
+            name = canonical(tensor.name)
+            if name in tensors:
+                raise HuggingFaceDirectoryError(
+                    f"{directory}: {name} is there twice: {tensors[name].name} in {tensors[name].file.name}, "
+                    f"{tensor.name} in {file.name}."
+                )
+            tensors[name] = tensor
+    config_file = directory / CONFIG_FILE
+    return HfDirectory(directory, tensors, config_file if config_file.is_file() else None)
+
+
+def _files(directory: Path) -> dict[Path, set[str] | None]:
+    """The safetensors files, and which tensors of each count (None: all)."""
+    if (single := directory / SINGLE_FILE).is_file():
+        return {single: None}
+    index = directory / INDEX_FILE
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise HuggingFaceDirectoryError(f"{index}: has no weight_map; the file is damaged.")
+        files: dict[Path, set[str] | None] = {}
+        for name, file in weight_map.items():
+            wanted = files.setdefault(directory / str(file), set())
+            assert wanted is not None
+            wanted.add(name)
+        if lost := [file.name for file in files if not file.is_file()]:
+            raise HuggingFaceDirectoryError(
+                f"{directory}: {len(lost)} of {len(files)} shards are missing ({lost[0]}). Download it again."
+            )
+        return files
+    found: dict[Path, set[str] | None] = {file: None for file in sorted(directory.glob("*.safetensors"))}
+    if not found:
+        names = ", ".join(sorted(entry.name for entry in directory.iterdir())[:8]) or "nothing"
+        raise HuggingFaceDirectoryError(
+            f"{directory}: holds no .safetensors files (found: {names}). PyTorch .bin files are not read."
+        )
+    return found
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        HuggingFaceDirectoryError: it cannot be read, or is none.
+    """
+    try:
+        parsed = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise HuggingFaceDirectoryError(f"{file}: cannot be read as JSON ({error}).") from error
+    if not isinstance(parsed, dict):
+        raise HuggingFaceDirectoryError(f"{file}: is not a JSON object.")
+    return parsed
+
+
+def ends_in_full_attention(file: Path) -> bool:
+    """Whether transformers takes a config.json's layer types as they are: it changes a sliding last layer."""
+    raw = read_json(file)
+    text = raw.get("text_config", raw)
+    types = text.get("layer_types") if isinstance(text, dict) else None
+    return not isinstance(types, list) or types[-1:] == ["full_attention"]
+
+
+def read_config(file: Path) -> PretrainedConfig:
+    """The configuration in a config.json.
+
+    Raises:
+        HuggingFaceDirectoryError: it cannot be read, or transformers cannot make sense of it.
+        ConfigMismatchError: it is not Gemma 4's.
+    """
+    raw = read_json(file)
+    try:
+        from transformers import Gemma4Config, Gemma4TextConfig
+    except ImportError as error:
+        raise HuggingFaceDirectoryError(
+            f"{file}: transformers with Gemma 4 is needed to read it ({error}). It comes with vLLM: install "
+            f"vllm-maxtext-loader[tpu], [cuda] or [cpu]."
+        ) from error
+    classes = {"gemma4": Gemma4Config, "gemma4_text": Gemma4TextConfig}
+    found = raw.get("model_type")
+    if found not in classes:
+        raise ConfigMismatchError(f"{file}: model_type is {found!r}, expected one of {', '.join(classes)}.")
+    try:
+        return classes[found].from_dict(raw)
+    except Exception as error:  # transformers validates with several libraries, each with errors of its own.
+        detail = " ".join(str(error).split())[:400]
+        raise HuggingFaceDirectoryError(
+            f"{file}: transformers refuses it ({type(error).__name__}: {detail})."
+        ) from error

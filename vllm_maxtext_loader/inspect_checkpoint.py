@@ -1,0 +1,278 @@
+"""What is in a checkpoint, and would it load? From metadata alone: no array data, no import of torch."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from vllm_maxtext_loader import hf_config
+from vllm_maxtext_loader.checkpoint.location import TMP_MARK, ItemLocation, locate
+from vllm_maxtext_loader.checkpoint.storage import Location, tensorstore_context
+from vllm_maxtext_loader.checkpoint.tree import Leaf, Tree, read_tree
+from vllm_maxtext_loader.conversion.gemma4 import CONTAINERS, Dims
+from vllm_maxtext_loader.conversion.layout import describe
+from vllm_maxtext_loader.conversion.plan import Plan, make_plan
+from vllm_maxtext_loader.errors import (
+    CheckpointNotFoundError,
+    ConfigMismatchError,
+    MaxTextLoadError,
+    NotACheckpointError,
+    StorageError,
+)
+
+_STEPS_CHECKED = 20
+"""Newest steps of a run that are looked into; each costs a few requests."""
+
+_METADATA_CACHE = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A step of the run the checkpoint belongs to.
+
+    Attributes:
+        number: training step.
+        committed: whether its write was finished and it can be read; None where that is not known.
+        detail: why not.
+    """
+
+    number: int
+    committed: bool | None
+    detail: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """All that metadata tells.
+
+    Attributes:
+        tree: leaves and storage.
+        plan: what a load would make of it; None where it would not load.
+        preset: name of the published model it is, or is taken for; None where it is none of them.
+        asked: the model name that was given, or None.
+        error: why it would not load, else None.
+        steps: steps of the run, oldest first; empty where the path belongs to no run.
+    """
+
+    tree: Tree
+    plan: Plan | None
+    preset: str | None
+    asked: str | None
+    error: MaxTextLoadError | None
+    steps: tuple[Step, ...]
+
+    @property
+    def loads(self) -> bool:
+        """Whether it would load, perhaps with a configuration."""
+        return self.error is None
+
+    @property
+    def needs_config(self) -> bool:
+        """Whether it loads only with a Hugging Face configuration, or a model name to take the rest from."""
+        return self.loads and self.preset is None
+
+    @property
+    def skipped(self) -> dict[str, tuple[int, int]]:
+        """Reason -> (number of arrays, decoded bytes) of what is not read."""
+        totals: dict[str, tuple[int, int]] = {}
+        entries = [(entry.reason, entry.nbytes) for entry in self.tree.skipped]
+        entries += [(reason, leaf.nbytes) for leaf, reason in self.plan.unused] if self.plan else []
+        for reason, nbytes in entries:
+            arrays, total = totals.get(reason, (0, 0))
+            totals[reason] = arrays + 1, total + nbytes
+        return totals
+
+    @property
+    def dtypes(self) -> dict[str, int]:
+        """Decoded bytes of the model's leaves by dtype."""
+        sizes: collections.Counter[str] = collections.Counter()
+        for leaf in self.tree.leaves.values():
+            sizes[leaf.dtype.name] += leaf.nbytes
+        return dict(sizes.most_common())
+
+    @property
+    def compression(self) -> str:
+        """Codecs of the arrays, most frequent first, e.g. "zstd 3"; "none"."""
+        found = collections.Counter(
+            _codec(array.codec.to_json() if array.codec else {}) for array in self.tree.arrays.values()
+        )
+        return ", ".join(name for name, _ in found.most_common())
+
+    def to_json(self) -> dict[str, Any]:
+        """What `vllm-maxtext inspect --json` prints; see its help."""
+        tree, plan, location = self.tree, self.plan, self.tree.location
+        preset = hf_config.PRESETS.get(self.preset or "")
+        return {
+            "checkpoint": str(location.items),
+            "requested": str(location.requested),
+            "step": location.step,
+            "loads": self.loads,
+            "needs_config": self.needs_config,
+            "error": self.error and {"type": type(self.error).__name__, "message": str(self.error)},
+            "model": {
+                "name": self.preset,
+                "published": preset and preset.published,
+                "dims": plan and dataclasses.asdict(plan.dims),
+            },
+            "layout": plan
+            and {
+                "description": describe(plan.layout),
+                "title": plan.layout.title,
+                "scan_axis": plan.layout.scan_axis,
+                "blocks": plan.layout.blocks,
+                "layers": plan.layout.num_layers,
+            },
+            "wrapper": tree.wrapper,
+            "storage": {"ocdbt": tree.ocdbt, "zarr": 3 if tree.zarr3 else 2, "compression": self.compression},
+            "dtypes": self.dtypes,
+            "bytes": tree.nbytes,
+            "skipped_bytes": sum(total for _, total in self.skipped.values()),
+            "tensors": plan and len(plan.targets),
+            "notes": list(plan.notes) if plan else [],
+            "leaves": [
+                {
+                    "key": leaf.key,
+                    "name": leaf.name,
+                    "container": container_of(leaf)[0],
+                    "shape": list(leaf.shape),
+                    "dtype": leaf.dtype.name,
+                    "chunk": list(leaf.chunks),
+                    "chunks": count_chunks(leaf),
+                    "bytes": leaf.nbytes,
+                }
+                for leaf in tree.leaves.values()
+            ],
+            "skipped": [
+                {"reason": reason, "arrays": arrays, "bytes": total}
+                for reason, (arrays, total) in self.skipped.items()
+            ],
+            "steps": [
+                {"step": step.number, "committed": step.committed, "detail": step.detail}
+                for step in self.steps
+            ],
+        }
+
+
+def inspect_checkpoint(
+    path: str | os.PathLike[str], *, step: int | None = None, model_name: str | None = None
+) -> Inspection:
+    """Reads a checkpoint's metadata and tries to plan a load.
+
+    Args:
+        path: local path or gs:// URL of an items directory, a step or a run's checkpoint directory.
+        step: step to take from a run's checkpoint directory; None means the newest committed one.
+        model_name: published model to take from what shapes cannot tell; None means chosen by shape.
+
+    Raises:
+        MaxTextLoadError: there is no committed checkpoint, or its metadata cannot be read. What is wrong with
+            the model itself is in `Inspection.error` instead.
+    """
+    location = locate(path, step)
+    tree = read_tree(location, tensorstore_context(_METADATA_CACHE))
+    plan, preset, error = None, None, None
+    try:
+        plan = make_plan(tree)
+        preset = _preset(plan.dims, model_name, plan.where)
+    except MaxTextLoadError as raised:
+        error = raised
+    return Inspection(tree, plan, preset, model_name, error, _steps(location))
+
+
+def _preset(dims: Dims, model_name: str | None, where: str) -> str | None:
+    """Name of the published model to take the rest from: what `hf_config` checks without transformers."""
+    if dims.layers[-1].sliding:
+        raise ConfigMismatchError(
+            f"{where}: ends in a sliding-window layer; transformers, and with it vLLM, makes the last layer "
+            f"of every Gemma 4 a full-attention one. Such a checkpoint can be converted, not served."
+        )
+    if model_name is None:
+        return hf_config.match_preset(dims)
+    chosen = hf_config._choose(dims, model_name, where)
+    return next(name for name, preset in hf_config.PRESETS.items() if preset is chosen)
+
+
+def _steps(location: ItemLocation) -> tuple[Step, ...]:
+    """The steps beside the one that was found, with temporary directories among them."""
+    step_dir = location.items if location.items.parent is None else location.items.parent
+    run = None if location.step is None or step_dir is None else step_dir.parent
+    if run is None:
+        return ()
+    try:
+        names = run.listdir()
+    except (OSError, MaxTextLoadError):
+        return ()
+    # The same reading of names as in `checkpoint.location`: "100", "step_100", "ckpt-100".
+    found = {name: re.match(r"(?:.*?[_-])??(\d+)(?:$|\.)", name) for name in names}
+    numbers = sorted(
+        (
+            (int(match[1]), name)
+            for name, match in found.items()
+            if match and (name[match.end(1) :] == "" or TMP_MARK in name)
+        ),
+        reverse=True,
+    )
+    with ThreadPoolExecutor(8) as pool:
+        checked = list(pool.map(lambda pair: _check(run, *pair), numbers[:_STEPS_CHECKED]))
+    steps = [step for step in checked if step is not None]
+    steps += [Step(number, None, "not looked into") for number, _ in numbers[_STEPS_CHECKED:]]
+    return tuple(sorted(steps, key=lambda step: step.number))
+
+
+def _check(run: Location, number: int, name: str) -> Step | None:
+    """One step; None where the directory is no checkpoint."""
+    if TMP_MARK in name:
+        return Step(number, False, f"temporary directory {name}: its writer has not finished, or died")
+    try:
+        locate((run / name).url)
+    except (CheckpointNotFoundError, NotACheckpointError):
+        return None
+    except StorageError as error:
+        return Step(number, None, str(error))
+    except MaxTextLoadError as error:
+        return Step(number, False, str(error))
+    return Step(number, True)
+
+
+def container_of(leaf: Leaf) -> tuple[str, str, int | None]:
+    """Where a leaf lies.
+
+    Returns:
+        (path of its container, the same with `*` for the layer's number, that number or None).
+    """
+    for container in CONTAINERS:
+        if match := re.match(container.pattern + r"\.", leaf.name):
+            path = match.group(0).removesuffix(".")
+            if not match.lastindex:
+                return path, path, None
+            start, stop = match.span(1)
+            return path, f"{path[:start]}*{path[stop:]}", int(match.group(1))
+    # Leaves that are nobody's layer: decoder_norm and its like, or what a refused tree holds.
+    depth = 1 if leaf.path[:2] == ("decoder", "decoder_norm") else min(2, len(leaf.path) - 1)
+    parent = ".".join(leaf.path[:depth])
+    return parent, parent, None
+
+
+def count_chunks(leaf: Leaf) -> int:
+    """Number of stored chunks of a leaf."""
+    return math.prod(math.ceil(size / chunk) for size, chunk in zip(leaf.shape, leaf.chunks, strict=True))
+
+
+def _codec(codec: dict[str, Any]) -> str:
+    """Compression of a TensorStore codec specification (zarr v2 or v3)."""
+    if codec.get("driver") == "zarr":
+        compressor = codec.get("compressor")
+        return f"{compressor['id']} {compressor.get('level', '')}".strip() if compressor else "none"
+    names: list[str] = []
+    pending = list(codec.get("codecs", ()))
+    while pending:
+        entry = pending.pop(0)
+        settings = entry.get("configuration", {})
+        if entry["name"] in ("zstd", "gzip", "blosc"):
+            names.append(f"{entry['name']} {settings.get('level', settings.get('clevel', ''))}".strip())
+        pending += settings.get("codecs", ())
+    return " + ".join(names) or "none"

@@ -1,0 +1,260 @@
+"""How the commands show their results to people: rich tables that stay readable at 80 columns."""
+
+from __future__ import annotations
+
+import collections
+import re
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from vllm_maxtext_loader.checkpoint.tree import Leaf
+from vllm_maxtext_loader.conversion.gemma4 import Dims
+from vllm_maxtext_loader.conversion.layout import describe
+from vllm_maxtext_loader.hf_config import PRESETS, PUBLISHED_VOCAB
+from vllm_maxtext_loader.inspect_checkpoint import Inspection, container_of, count_chunks
+from vllm_maxtext_loader.verify import Report, Row, Status
+
+_SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
+_NARROWEST_NAME = 20
+_INDENT = "  "
+
+
+def show_inspection(console: Console, found: Inspection) -> None:
+    """Prints what `vllm-maxtext inspect` found."""
+    tree, plan = found.tree, found.plan
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="bold", no_wrap=True)
+    facts.add_column(overflow="fold")
+
+    def fact(name: str, text: str, style: str = "") -> None:
+        facts.add_row(name, Text(text, style))
+
+    fact("checkpoint", str(tree.location.items))
+    if tree.location.step is not None:
+        fact("step", str(tree.location.step))
+    if plan is not None:
+        fact("model", _model(found, plan.dims))
+        fact("", _dims(plan.dims), "dim")
+        fact("layout", describe(plan.layout))
+    fact("written by", tree.wrapper)
+    storage = "OCDBT" if tree.ocdbt else "a directory per array"
+    fact("storage", f"{storage}, zarr {3 if tree.zarr3 else 2}, compression {found.compression}")
+    dtypes = ", ".join(f"{name} {size(total)}" for name, total in found.dtypes.items())
+    fact("weights", f"{len(tree.leaves)} leaves, {size(tree.nbytes)} ({dtypes})")
+    if plan is not None:
+        fact("become", f"{len(plan.targets)} Hugging Face tensors")
+    for reason, (arrays, total) in found.skipped.items():
+        fact("skipped", f"{size(total)} {reason} ({arrays} {'array' if arrays == 1 else 'arrays'})")
+    for name, text in _steps(found):
+        fact(name, text)
+    for note in plan.notes if plan else ():
+        fact("note", note)
+    fact("loads", *_verdict(found))
+    console.print(facts)
+    console.print()
+    _show_leaves(console, list(tree.leaves.values()))
+
+
+def _model(found: Inspection, dims: Dims) -> str:
+    if found.preset is None:
+        return "Gemma 4 of dimensions that no published model has"
+    name = f"{found.preset} ({PRESETS[found.preset].published})"
+    padding = dims.vocab - PUBLISHED_VOCAB
+    if found.asked is not None:
+        return f"taken for {name}, as asked"
+    return name + (f", vocabulary padded by {padding} rows" if padding > 0 else "")
+
+
+def _dims(dims: Dims) -> str:
+    layers = dims.layers
+    full = sum(not layer.sliding for layer in layers)
+    parts = [f"{len(layers)} layers ({full} full attention)", f"hidden {dims.hidden}", f"{dims.heads} heads"]
+    parts += [f"head dim {_values(layer.head_dim for layer in layers)}"]
+    parts += [f"KV heads {_values(layer.kv_heads for layer in layers if layer.kv_heads is not None)}"]
+    parts += [f"MLP {_values(layer.mlp for layer in layers)}"]
+    if dims.experts:
+        parts.append(f"{dims.experts} experts of {dims.expert_mlp}")
+    if shared := sum(layer.kv_heads is None for layer in layers):
+        parts.append(f"{shared} layers share keys and values")
+    if dims.ple:
+        parts.append(f"per-layer embeddings of {dims.ple}")
+    parts.append(f"vocabulary {dims.vocab}")
+    parts.append(f"vision tower of {dims.vision.layers} layers" if dims.vision else "text only")
+    return ", ".join(parts)
+
+
+def _values(values: Iterable[int]) -> str:
+    return "/".join(map(str, dict.fromkeys(values)))
+
+
+def _steps(found: Inspection) -> Iterable[tuple[str, str]]:
+    committed = [step.number for step in found.steps if step.committed]
+    if committed:
+        yield "steps", f"{ranges(committed, together=False)} committed"
+    for step in found.steps:
+        if step.committed is False:
+            yield "", f"{step.number} not committed: {step.detail}"
+    if unknown := [step for step in found.steps if step.committed is None]:
+        yield "", f"{len(unknown)} more, {unknown[0].detail}"
+
+
+def _verdict(found: Inspection) -> tuple[str, str]:
+    if found.error is not None:
+        return f"no: {type(found.error).__name__}: {found.error}", "bold red"
+    if found.needs_config:
+        return (
+            "yes, with the model's own configuration (--model HF_DIR and the checkpoint in "
+            f"--model-loader-extra-config), or a model_name to take the rest from ({', '.join(PRESETS)})"
+        ), "yellow"
+    return "yes", "green"
+
+
+def _show_leaves(console: Console, leaves: Sequence[Leaf]) -> None:
+    """The leaves by container; containers with the same leaves (unscanned layers) are shown once."""
+    containers: dict[str, list[Leaf]] = {}
+    for leaf in leaves:
+        containers.setdefault(container_of(leaf)[0], []).append(leaf)
+    alike: dict[object, list[str]] = {}
+    for path, inside in containers.items():
+        kind = (
+            container_of(inside[0])[1],
+            *((_below(leaf, path), leaf.shape, leaf.dtype, leaf.chunks) for leaf in inside),
+        )
+        alike.setdefault(kind, []).append(path)
+    groups: list[tuple[str, list[tuple[str, ...]]]] = []
+    for paths in alike.values():
+        _, pattern, slot = container_of(containers[paths[0]][0])
+        heading = paths[0]
+        if slot is not None and len(paths) > 1:
+            slots = [number for path in paths if (number := container_of(containers[path][0])[2]) is not None]
+            heading = pattern.replace("*", f"{{{ranges(slots)}}}")
+        total = sum(leaf.nbytes for path in paths for leaf in containers[path])
+        heading += f"  {size(total)}" + (f" in {len(paths)} alike, of which each:" if len(paths) > 1 else "")
+        groups.append((heading, [_cells(leaf, paths[0]) for leaf in containers[paths[0]]]))
+    _show_groups(
+        console, ("leaf", "shape", "dtype", "chunk", "chunks", "size"), groups, right=("chunks", "size")
+    )
+
+
+def _below(leaf: Leaf, container: str) -> str:
+    return leaf.name.removeprefix(f"{container}.")
+
+
+def _cells(leaf: Leaf, container: str) -> tuple[str, ...]:
+    chunks = count_chunks(leaf)
+    if chunks == 1:
+        chunk = "whole"
+    else:
+        pairs = zip(leaf.chunks, leaf.shape, strict=True)
+        chunk = "×".join("·" if part >= whole else str(part) for part, whole in pairs)
+    shape = "×".join(map(str, leaf.shape)) or "scalar"
+    return _below(leaf, container), shape, _SHORT[leaf.dtype.name], chunk, str(chunks), size(leaf.nbytes)
+
+
+def show_report(console: Console, report: Report, *, every_row: bool) -> None:
+    """Prints what `vllm-maxtext verify` found: the tensors that differ (or all), and a summary."""
+    columns = ("tensor", "status", "max diff", "max ulp", "differing")
+    rows = report.rows if every_row else report.differences
+    if rows:
+        _show_groups(console, columns, [("", [_comparison(row) for row in rows])], right=columns[2:])
+        console.print()
+    left_out: dict[str, list[Row]] = {}
+    for row in report.rows:
+        if row.status is Status.NOT_COMPARED:
+            left_out.setdefault(row.detail, []).append(row)
+    for reason, members in left_out.items():
+        example = f"{members[0].name}" + (" and so on" if len(members) > 1 else "")
+        console.print(Text(f"not compared: {len(members)} ({reason}): {example}", "dim"), soft_wrap=True)
+    for note in report.notes:
+        console.print(Text(f"note: {note}"), soft_wrap=True)
+    counts = collections.Counter(row.status for row in report.rows)
+    parts = [f"{counts[status]} {status}" for status in Status if counts[status]]
+    summary = (
+        f"{'The same' if report.same else 'DIFFERENT'}: {', '.join(parts)} (of {len(report.rows)} tensors)."
+    )
+    console.print(Text(summary, "bold green" if report.same else "bold red"), soft_wrap=True)
+
+
+def _comparison(row: Row) -> tuple[str, ...]:
+    detail = row.detail if row.status.is_difference else ""
+    name = f"{row.name}\n{detail}" if detail else row.name
+    if row.status is Status.DIFFERS:
+        return name, row.status, f"{row.max_abs:.3g}", str(row.max_ulp), f"{row.differing:,}"
+    return (name, row.status, *(("0", "0", "0") if row.status is Status.SAME else ("", "", "")))
+
+
+def _show_groups(
+    console: Console,
+    columns: tuple[str, ...],
+    groups: Sequence[tuple[str, Sequence[tuple[str, ...]]]],
+    right: Sequence[str],
+) -> None:
+    """Rows under headings, with the same column widths; the first column gives way where space is short."""
+    everything = [columns, *(row for _, rows in groups for row in rows)]
+    widths = [max(map(len, "\n".join(cells).split("\n"))) for cells in zip(*everything, strict=True)]
+    indent = _INDENT if any(heading for heading, _ in groups) else ""
+    room = console.width - sum(widths[1:]) - 2 * (len(columns) - 1)
+    widths[0] = min(widths[0] + len(indent), max(_NARROWEST_NAME, room))
+
+    def grid(rows: Iterable[tuple[str, ...]], style: str = "") -> Table:
+        table = Table.grid(padding=(0, 2, 0, 0))
+        for column, width in zip(columns, widths, strict=True):
+            table.add_column(width=width, justify="right" if column in right else "left", overflow="fold")
+        for first, *rest in rows:
+            table.add_row(Text(fold(first, widths[0], indent), style), *(Text(cell, style) for cell in rest))
+        return table
+
+    console.print(grid([columns], "bold underline"))
+    for heading, rows in groups:
+        if heading:
+            console.print(Text(heading, "bold"), soft_wrap=True)
+        console.print(grid(rows))
+
+
+def fold(name: str, width: int, indent: str = "") -> str:
+    """A dotted name on as many lines as it needs, broken after dots (or spaces); nothing of it is lost.
+
+    Args:
+        name: e.g. "mlp.moe_block.MoeBlock_0.per_expert_scale"; may have further lines.
+        width: columns.
+        indent: in front of the first line; further lines have two spaces more.
+    """
+    lines = [indent]
+    for number, text in enumerate(name.split("\n")):
+        if number:
+            lines.append(indent + _INDENT)
+        for part in re.findall(r"[^. ]*[. ]*", text):
+            if len(lines[-1]) + len(part.rstrip()) > width and lines[-1].strip():
+                lines.append(indent + _INDENT)
+            lines[-1] += part
+    return "\n".join(lines)
+
+
+def size(nbytes: int) -> str:
+    """Bytes for people: GiB, or the largest unit that leaves a number of at least 1."""
+    for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if nbytes >= factor:
+            return f"{nbytes / factor:.2f} {unit}"
+    return f"{nbytes} B"
+
+
+def ranges(numbers: Iterable[int], *, together: bool = True) -> str:
+    """0-4,6 for 0, 1, 2, 3, 4, 6.
+
+    Args:
+        numbers: in any order.
+        together: whether neighbours are drawn together; else each is named.
+    """
+    ordered = sorted(numbers)
+    if not together:
+        return ", ".join(map(str, ordered))
+    runs: list[list[int]] = []
+    for number in ordered:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    return ",".join("-".join(map(str, run)) for run in runs)

@@ -1,0 +1,363 @@
+"""Is a MaxText checkpoint the same model as a Hugging Face directory? Tensor by tensor, in bounded memory.
+
+Every box that is read is compared with its place in the memory-mapped Hugging Face tensor, through the view a
+conversion would write it through: neither side is ever held whole, however many layers one leaf stacks.
+
+What counts as the same:
+
+- Values are compared in the coarser of the two dtypes: float32 masters against a bfloat16 directory after one
+  rounding.
+- MaxText stores the embedding times sqrt(hidden size), rounded; dividing brings 8 to 15 % of bfloat16 values
+  back one unit in the last place off, and no way of undoing it does better. A value therefore also counts as
+  the same where Hugging Face's, scaled and rounded as MaxText does it, is the stored one.
+- A tensor only one side can have (vision tower, audio tower, clip bounds, a tied lm_head, keys of layers that
+  share them) is listed as not compared. Any other tensor that one side lacks is a difference.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from vllm_maxtext_loader.api import Checkpoint
+from vllm_maxtext_loader.checkpoint.reader import Piece, read_pieces
+from vllm_maxtext_loader.conversion.convert import BFLOAT16, ScaleStore, cast, layer_of, transform
+from vllm_maxtext_loader.conversion.gemma4 import Value
+from vllm_maxtext_loader.conversion.ops import scale_embedding, to_float32
+from vllm_maxtext_loader.conversion.plan import Plan, Target
+from vllm_maxtext_loader.hf_directory import (
+    HfDirectory,
+    canonical,
+    ends_in_full_attention,
+    natural_order,
+    read_config,
+)
+from vllm_maxtext_loader.safetensors_files import HfTensor
+
+_COARSENESS = [BFLOAT16, np.dtype(np.float16), np.dtype(np.float32)]
+_BLOCK = 4 << 20
+"""Values compared at a time: bounds the temporary float32 arrays, and stays in the cache's reach."""
+
+_VISION = ("model.vision_tower.", "model.embed_vision.")
+_AUDIO = ("model.audio_tower.", "model.embed_audio.")
+_CLIP_BOUNDS = (".input_min", ".input_max", ".output_min", ".output_max")
+_SHARED = re.compile(r"model\.layers\.(\d+)\.self_attn\.(?:k_proj|v_proj|k_norm|v_norm)\.")
+
+
+class Status(enum.StrEnum):
+    """What the comparison of one tensor found."""
+
+    SAME = "same"
+    DIFFERS = "differs"
+    SHAPE = "other shape"
+    DTYPE = "not comparable"
+    NOT_IN_HF = "not in HF_DIR"
+    NOT_IN_CHECKPOINT = "not in checkpoint"
+    NOT_COMPARED = "not compared"
+
+    @property
+    def is_difference(self) -> bool:
+        """Whether it makes the two models different."""
+        return self not in (Status.SAME, Status.NOT_COMPARED)
+
+
+@dataclasses.dataclass
+class Row:
+    """One tensor.
+
+    Attributes:
+        name: Hugging Face name; of the checkpoint's tensor where both sides have it.
+        status: the finding.
+        detail: why, where the status does not say it all.
+        shape: (of the checkpoint, of HF_DIR); None for the side that lacks it.
+        dtype: likewise, numpy's names.
+        compared_as: dtype in which the values were compared, None where they were not.
+        values: number of values compared.
+        differing: how many of them differ.
+        max_abs: greatest absolute difference; nan where one side has a NaN and the other does not.
+        max_ulp: greatest difference in units in the last place of `compared_as`.
+        rescaled: embedding only: how many values came back off by a rounding, and are the same once scaled.
+    """
+
+    name: str
+    status: Status = Status.SAME
+    detail: str = ""
+    shape: tuple[tuple[int, ...] | None, tuple[int, ...] | None] = (None, None)
+    dtype: tuple[str | None, str | None] = (None, None)
+    compared_as: str | None = None
+    values: int = 0
+    differing: int = 0
+    max_abs: float = 0.0
+    max_ulp: int = 0
+    rescaled: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """The row with JSON's types; a NaN becomes null."""
+        shapes = [None if shape is None else list(shape) for shape in self.shape]
+        return {
+            **dataclasses.asdict(self),
+            "shape": {"checkpoint": shapes[0], "hf": shapes[1]},
+            "dtype": {"checkpoint": self.dtype[0], "hf": self.dtype[1]},
+            "max_abs": self.max_abs if self.compared_as and math.isfinite(self.max_abs) else None,
+            "max_ulp": self.max_ulp if self.compared_as else None,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """The whole comparison.
+
+    Attributes:
+        checkpoint: path of the checkpoint.
+        hf_dir: path of the Hugging Face directory.
+        rows: one per tensor of either side.
+        notes: what was assumed, one sentence each.
+    """
+
+    checkpoint: str
+    hf_dir: str
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def differences(self) -> list[Row]:
+        """Rows that make the models different."""
+        return [row for row in self.rows if row.status.is_difference]
+
+    @property
+    def same(self) -> bool:
+        """Whether the models are the same."""
+        return not self.differences
+
+    def to_json(self, *, every_row: bool = True) -> dict[str, Any]:
+        """What `vllm-maxtext verify --json` prints; see its help."""
+        shown = self.rows if every_row else self.differences
+        counts = {status.value: sum(row.status is status for row in self.rows) for status in Status}
+        return {
+            "checkpoint": self.checkpoint,
+            "hf_dir": self.hf_dir,
+            "same": self.same,
+            "counts": counts,
+            "notes": list(self.notes),
+            "tensors": [row.to_json() for row in shown],
+        }
+
+
+def verify(
+    checkpoint: Checkpoint, hf: HfDirectory, *, on_piece: Callable[[Piece], None] | None = None
+) -> Report:
+    """Compares a checkpoint with a Hugging Face directory.
+
+    Args:
+        checkpoint: opened checkpoint. Where the directory has a config.json, that decides what is padding.
+        hf: opened directory.
+        on_piece: told each box that has been compared.
+
+    Raises:
+        ConfigMismatchError: the directory's config.json contradicts the checkpoint's shapes.
+        HuggingFaceDirectoryError: its config.json cannot be used.
+        ReadError: a chunk of the checkpoint is missing, truncated or corrupt.
+        StorageError: the storage refuses or does not answer.
+    """
+    notes: list[str] = []
+    if hf.config_file is not None and ends_in_full_attention(hf.config_file):
+        checkpoint = checkpoint.with_config(read_config(hf.config_file))
+    elif hf.config_file is not None:
+        notes.append(
+            f"{hf.config_file} is not used: its last layer is no full-attention layer; transformers would "
+            f"make it one."
+        )
+    plan = checkpoint._trimmed()
+    rows: dict[str, Row] = {}
+    pairs: dict[str, tuple[Row, np.ndarray]] = {}
+    hf_has_vision = any(name.startswith(_VISION) for name in hf.tensors)
+    for target in plan.targets.values():
+        tensor = hf.tensors.get(canonical(target.name))
+        row = rows[canonical(target.name)] = _pair(target, tensor)
+        if tensor is None and target.name.startswith(_VISION) and not hf_has_vision:
+            row.status, row.detail = Status.NOT_COMPARED, "vision tower; HF_DIR has none"
+        elif row.status is Status.SAME:
+            assert tensor is not None
+            pairs[target.name] = row, tensor.array()
+    _compare(checkpoint, plan, pairs, on_piece)
+    for name, tensor in hf.tensors.items():
+        if name not in rows:
+            rows[name] = _only_in_hf(name, tensor, hf.tensors, plan)
+    for leaf, reason in plan.unused:
+        rows[leaf.key] = Row(
+            leaf.key, Status.NOT_COMPARED, reason, (leaf.shape, None), (leaf.dtype.name, None)
+        )
+    ordered = sorted(rows.values(), key=lambda row: natural_order(row.name))
+    return Report(plan.where, str(hf.path), tuple(ordered), (*notes, *plan.notes, *_notes(ordered)))
+
+
+def _pair(target: Target, tensor: HfTensor | None) -> Row:
+    """A row before any value was compared: SAME where the values can be."""
+    ours = target.dtype.name
+    if tensor is None:
+        return Row(target.name, Status.NOT_IN_HF, "", (target.shape, None), (ours, None))
+    theirs = tensor.dtype_name if tensor.dtype is None else tensor.dtype.name
+    row = Row(target.name, shape=(target.shape, tensor.shape), dtype=(ours, theirs))
+    if target.shape != tensor.shape:
+        row.status = Status.SHAPE
+        row.detail = f"checkpoint {list(target.shape)}, HF_DIR {list(tensor.shape)}"
+    elif tensor.dtype is None:
+        row.status, row.detail = Status.DTYPE, f"checkpoint {ours}, HF_DIR {theirs}"
+    else:
+        row.compared_as = min(target.dtype, tensor.dtype, key=_COARSENESS.index).name
+    return row
+
+
+def _compare(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    pairs: Mapping[str, tuple[Row, np.ndarray]],
+    on_piece: Callable[[Piece], None] | None,
+) -> None:
+    """Reads the leaves and fills in the rows."""
+    entries = {
+        entry.leaf.key: entry for entry in plan.leaves if any(write.target in pairs for write in entry.writes)
+    }
+    leaves = [entry.leaf for entry in entries.values()]
+    for piece in read_pieces(leaves, checkpoint.tree.arrays, checkpoint.concurrent_bytes, plan.where):
+        entry = entries[piece.leaf.key]
+        for write in entry.writes:
+            if write.target not in pairs or (found := layer_of(entry, write, piece)) is None:
+                continue
+            row, theirs = pairs[write.target]
+            stored, box = found
+            ours, box = transform(entry, write, stored, box, False, ScaleStore())
+            there = entry.rule.move.view(theirs, write.sizes)[box]
+            hidden = write.sizes["H"] if entry.rule.value is Value.UNSCALE_EMBEDDING else None
+            stored = stored[: len(ours)]  # `transform` drops padded rows of the vocabulary.
+            for block in _blocks(there.shape):
+                _add(row, ours[block], there[block], None if hidden is None else (stored[block], hidden))
+        if on_piece is not None:
+            on_piece(piece)
+    for row, theirs in pairs.values():
+        # No box is lost, by design; but a row that says "same" must have seen all of them.
+        if row.values != theirs.size:
+            raise AssertionError(f"{row.name}: compared {row.values} of {theirs.size} values")
+
+
+def _blocks(shape: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
+    """Cuts along the first axes: a block has at most `_BLOCK` values where the last axis allows it."""
+    if not shape or math.prod(shape) <= _BLOCK:
+        yield ()
+        return
+    inner = math.prod(shape[1:])
+    if inner > _BLOCK:
+        for index in range(shape[0]):
+            for rest in _blocks(shape[1:]):
+                yield (slice(index, index + 1), *rest)
+        return
+    step = max(1, _BLOCK // inner)
+    for start in range(0, shape[0], step):
+        yield (slice(start, start + step),)
+
+
+def _add(row: Row, ours: np.ndarray, theirs: np.ndarray, scaled: tuple[np.ndarray, int] | None) -> None:
+    """Counts the differences of one block into its row.
+
+    Args:
+        row: of the tensor.
+        ours: converted values of the checkpoint.
+        theirs: the same values of the Hugging Face tensor.
+        scaled: for the embedding, the values as stored and the hidden size.
+    """
+    row.values += theirs.size
+    assert row.compared_as is not None
+    coarse = next(dtype for dtype in _COARSENESS if dtype.name == row.compared_as)
+    ours, theirs_coarse = cast(ours, coarse), cast(theirs, coarse)
+    bits = np.dtype(f"u{coarse.itemsize}")
+    suspects = ours.view(bits) != theirs_coarse.view(bits)
+    if not suspects.any():
+        return
+    left, right = ours[suspects], theirs_coarse[suspects]
+    left32, right32 = to_float32(left), to_float32(right)
+    # Not by their bits: the two zeros are equal, and so is a NaN to a NaN.
+    unequal = (left32 != right32) & ~(np.isnan(left32) & np.isnan(right32))
+    if scaled is not None:
+        stored, hidden = scaled
+        expected = to_float32(cast(stored[suspects], coarse))
+        excused = np.zeros_like(unequal)
+        # A float32 directory may have been rounded before MaxText scaled it, or not.
+        for values in (to_float32(theirs[suspects]), right32):
+            excused |= to_float32(cast(scale_embedding(values, hidden), coarse)) == expected
+        excused &= unequal
+        row.rescaled += int(excused.sum())
+        unequal &= ~excused
+    if not unequal.any():
+        return
+    row.status = Status.DIFFERS
+    row.differing += int(unequal.sum())
+    with np.errstate(invalid="ignore"):
+        gap = np.abs(left32[unequal].astype(np.float64) - right32[unequal].astype(np.float64))
+    row.max_abs = float(np.fmax(row.max_abs, gap.max()) if not np.isnan(gap).any() else np.nan)
+    row.max_ulp = max(row.max_ulp, int(np.abs(_ordinal(left[unequal]) - _ordinal(right[unequal])).max()))
+
+
+def _ordinal(values: np.ndarray) -> np.ndarray:
+    """Integers that count the representable numbers, in order; the two zeros are one."""
+    bits = values.view(np.dtype(f"i{values.dtype.itemsize}")).astype(np.int64)
+    lowest = -(1 << (8 * values.dtype.itemsize - 1))
+    return np.where(bits < 0, lowest - bits, bits)
+
+
+def _only_in_hf(name: str, tensor: HfTensor, all_tensors: Mapping[str, HfTensor], plan: Plan) -> Row:
+    """A tensor that the checkpoint does not have: a difference, unless it cannot have it."""
+    row = Row(tensor.name, Status.NOT_COMPARED, "", (None, tensor.shape))
+    row.dtype = (None, tensor.dtype_name if tensor.dtype is None else tensor.dtype.name)
+    shared = _SHARED.match(name)
+    if name.startswith(_AUDIO):
+        row.detail = "audio tower; MaxText has none"
+    elif name.startswith(_VISION) and plan.dims.vision is None:
+        row.detail = "vision tower; the checkpoint has none"
+    elif name.startswith(_VISION) and name.endswith(_CLIP_BOUNDS):
+        row.detail = "clip bounds of the vision tower; MaxText does not clip"
+    elif (
+        shared
+        and int(shared[1]) < len(plan.dims.layers)
+        and plan.dims.layers[int(shared[1])].kv_heads is None
+    ):
+        row.detail = "keys and values of a layer that uses those of an earlier one"
+    elif name == "lm_head.weight" and _equal(tensor, all_tensors.get("model.embed_tokens.weight")):
+        row.detail = "copy of embed_tokens (tied)"
+    else:
+        row.status = Status.NOT_IN_CHECKPOINT
+        if name == "lm_head.weight":
+            row.detail = "differs from embed_tokens; MaxText's Gemma 4 ties them"
+    return row
+
+
+def _equal(one: HfTensor, other: HfTensor | None) -> bool:
+    if other is None or one.shape != other.shape or one.dtype_name != other.dtype_name or one.dtype is None:
+        return False
+    bits = np.dtype(f"u{one.dtype.itemsize}")
+    left, right = one.array().view(bits), other.array().view(bits)
+    return all(np.array_equal(left[block], right[block]) for block in _blocks(one.shape))
+
+
+def _notes(rows: Any) -> Iterator[str]:
+    """What the reader of the result has to know about how values were compared."""
+    rounded: dict[tuple[str, str], int] = {}
+    for row in rows:
+        if row.compared_as is not None and row.dtype[0] != row.dtype[1]:
+            rounded[row.dtype] = rounded.get(row.dtype, 0) + 1
+        if row.rescaled:
+            yield (
+                f"{row.name}: {row.rescaled:,} of {row.values:,} values ({row.rescaled / row.values:.1%}) "
+                f"come back off by a rounding, but times sqrt(hidden size) they are what MaxText stores."
+            )
+    for (ours, theirs), count in rounded.items():
+        coarse = min(ours, theirs, key=[dtype.name for dtype in _COARSENESS].index)
+        yield (
+            f"{count} tensors are {ours} in the checkpoint and {theirs} in HF_DIR: compared after rounding "
+            f"to {coarse}."
+        )
