@@ -155,7 +155,7 @@ def make_pair(directory: Path, dims: dict[str, Any]) -> tuple[Path, Path]:
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES_OF_THE_WRITER}",
     }
     subprocess.run(
-        [sys.executable, __file__, "--make", str(checkpoint), json.dumps(dims)], env=environment, check=True
+        [sys.executable, os.path.abspath(__file__), "--make", str(checkpoint), json.dumps(dims)], env=environment, check=True
     )
     config = directory / "config"
     config.mkdir()
@@ -179,7 +179,10 @@ def write_config(directory: Path, checkpoint: Path) -> None:
     if dims.experts and preset.top_k and preset.top_k > dims.experts:
         raise SystemExit(f"{dims.experts} experts are too few for top-{preset.top_k}: choose a larger --gib")
     name = "gemma4-26b" if dims.experts else "gemma4-31b"
-    hf_config.make_config(dims, name, str(checkpoint)).save_pretrained(directory)
+    config = hf_config.make_config(dims, name, str(checkpoint))
+    # The published 262,144 positions make a rope table of a gigabyte, which has nothing to do with loading.
+    config.max_position_embeddings = 4096
+    config.save_pretrained(directory)
 
 
 class Peak(threading.Thread):
@@ -222,6 +225,8 @@ def measure(loader: str, checkpoint: str, hf: str) -> dict[str, float]:
     elif loader != "default":
         arguments["load_format"] = "maxtext"
         arguments["model_loader_extra_config"] = {"checkpoint": checkpoint}
+        if budget := os.environ.get("CONCURRENT_GIB"):
+            arguments["model_loader_extra_config"]["concurrent_gib"] = float(budget)
     from vllm import LLM
     from vllm.plugins import load_general_plugins
 

@@ -40,8 +40,11 @@ def test_help_teaches() -> None:
     for command in ("inspect", "verify", "export"):
         assert command in _run("--help").stdout
         shown = _run(command, "--help").stdout
-        assert "Examples" in shown and f"vllm-maxtext {command}" in shown and "Exit codes" in shown
-    assert "max_ulp" in _run("verify", "--help").stdout and "needs_config" in _run("inspect", "--help").stdout
+        assert "Examples" in shown
+        assert f"vllm-maxtext {command}" in shown
+        assert "Exit codes" in shown
+    assert "max_ulp" in _run("verify", "--help").stdout
+    assert "needs_config" in _run("inspect", "--help").stdout
 
 
 def test_keys_of_json_are_in_the_help(moe: Path) -> None:
@@ -60,7 +63,8 @@ def test_keys_of_json_are_in_the_help(moe: Path) -> None:
 
 def test_version() -> None:
     result = _run("--version")
-    assert result.exit_code == 0 and result.stdout.startswith("vllm-maxtext ")
+    assert result.exit_code == 0
+    assert result.stdout.startswith("vllm-maxtext ")
 
 
 @pytest.mark.parametrize("arguments", [(), ("inspect",), ("nonsense",), ("inspect", "x", "--step", "-1")])
@@ -78,7 +82,9 @@ def test_unusable_input_is_one_message(tmp_path: Path, moe: Path) -> None:
     ):
         result = _run(*arguments)
         assert result.exit_code == 2, arguments
-        assert result.stdout == "" and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+        assert result.stdout == ""
+        assert result.stderr.startswith("error: ")
+        assert result.stderr.count("\n") == 1
         assert "Traceback" not in result.stderr
     assert _run("export", moe, tmp_path / "out", "--max-shard-size", "many").exit_code == 2
     assert _run("export", moe, tmp_path / "out", "--dtype", "int8").exit_code == 2
@@ -87,14 +93,17 @@ def test_unusable_input_is_one_message(tmp_path: Path, moe: Path) -> None:
 def test_inspect_of_what_would_not_load(edited: Callable[..., Path]) -> None:
     items = edited("moe_v2", lambda params: params["decoder"].pop("decoder_norm") and None)
     result = _run("inspect", items, "--json")
-    assert result.exit_code == 2 and json.loads(result.stdout)["error"]["type"] == "MissingLeafError"
+    assert result.exit_code == 2
+    assert json.loads(result.stdout)["error"]["type"] == "MissingLeafError"
     assert result.stderr.startswith("error: ")
 
 
 def test_verify_exit_codes(moe: Path, twin: Twin, tmp_path: Path) -> None:
     same = _run("verify", moe, twin("moe_v2"))
-    assert same.exit_code == 0 and "The same: 264 same" in same.stdout
-    assert "layers.0" not in same.stdout and "layers.0" in _run("verify", moe, twin("moe_v2"), "--all").stdout
+    assert same.exit_code == 0
+    assert "The same: 264 same" in same.stdout
+    assert "layers.0" not in same.stdout
+    assert "layers.0" in _run("verify", moe, twin("moe_v2"), "--all").stdout
     other = shutil.copytree(twin("moe_v2"), tmp_path / "hf")
     content = bytearray((other / "model.safetensors").read_bytes())
     content[-1] ^= 0x40
@@ -102,16 +111,18 @@ def test_verify_exit_codes(moe: Path, twin: Twin, tmp_path: Path) -> None:
     found = _run("verify", moe, other, "--json")
     assert found.exit_code == 1
     report = json.loads(found.stdout)
-    assert report["same"] is False and len(report["tensors"]) == report["counts"]["differs"] == 1
+    assert report["same"] is False
+    assert len(report["tensors"]) == report["counts"]["differs"] == 1
     assert len(json.loads(_run("verify", moe, other, "--json", "--all").stdout)["tensors"]) == 264
     shown = _run("verify", moe, other)
-    assert shown.exit_code == 1 and "DIFFERENT" in shown.stdout
+    assert shown.exit_code == 1
+    assert "DIFFERENT" in shown.stdout
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"num_experts": 4}))
     contradiction = _run("verify", moe, other)
-    assert (
-        contradiction.exit_code == 2 and "num_experts" in contradiction.stderr and contradiction.stdout == ""
-    )
+    assert contradiction.exit_code == 2
+    assert "num_experts" in contradiction.stderr
+    assert contradiction.stdout == ""
 
 
 def test_export_then_verify(moe: Path, tmp_path: Path) -> None:
@@ -119,10 +130,13 @@ def test_export_then_verify(moe: Path, tmp_path: Path) -> None:
     done = _run(
         "export", moe, tmp_path / "out", "--config", config, "--max-shard-size", "1MB", "--dtype", "bfloat16"
     )
-    assert done.exit_code == 0 and "Wrote 264 tensors" in done.stdout and done.stderr == ""
+    assert done.exit_code == 0
+    assert "Wrote 264 tensors" in done.stdout
+    assert done.stderr == ""
     assert _run("verify", moe, tmp_path / "out").exit_code == 0
     again = _run("export", moe, tmp_path / "out", "--config", config)
-    assert again.exit_code == 2 and "nothing is overwritten" in again.stderr
+    assert again.exit_code == 2
+    assert "nothing is overwritten" in again.stderr
 
 
 def test_inspect_as_a_process(moe: Path) -> None:
@@ -134,10 +148,12 @@ def test_inspect_as_a_process(moe: Path) -> None:
         + _MAIN
     )
     result = _subprocess("inspect", moe, "--json", code=code)
-    assert result.returncode == 0 and json.loads(result.stdout)["tensors"] == 264
+    assert result.returncode == 0
+    assert json.loads(result.stdout)["tensors"] == 264
     assert result.stderr == "\n"
     shown = _subprocess("inspect", moe)
-    assert shown.returncode == 0 and max(map(len, shown.stdout.splitlines())) <= 80
+    assert shown.returncode == 0
+    assert max(map(len, shown.stdout.splitlines())) <= 80
 
 
 def test_reader_that_has_seen_enough(moe: Path) -> None:
@@ -148,7 +164,8 @@ def test_reader_that_has_seen_enough(moe: Path) -> None:
             stderr=subprocess.PIPE,
             text=True,
         )
-        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
         process.stdout.close()
         assert process.stderr.read() == ""
         process.stderr.close()

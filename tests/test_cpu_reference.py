@@ -71,8 +71,8 @@ def theirs() -> SimpleNamespace:
 # Ragged paged attention
 # ----------------------------------------------------------------------------
 
-# (new tokens, tokens in all): decoding, a prompt over several pages, a chunk of a prompt, decoding.
-BATCH = [(1, 38), (45, 45), (7, 50), (1, 3)]
+# (new tokens, tokens in all): decoding, a prompt over several pages, a chunk of a prompt.
+BATCH = [(1, 38), (45, 45), (7, 50)]
 
 
 def make_batch(
@@ -85,7 +85,7 @@ def make_batch(
     page_size: int = 16,
     sequences: list[tuple[int, int]] = BATCH,
     padding: int = 9,
-) -> dict[str, jax.Array]:
+) -> dict[str, Any]:
     """Arguments of the kernels: random, nan in the cache slots and batch rows that must not be read."""
     rng = np.random.default_rng(0)
     cache_dtype = cache_dtype or dtype
@@ -125,22 +125,18 @@ def make_batch(
     }
 
 
-def run(
-    kernel: Any, batch: dict[str, jax.Array], *more: Any, **options: Any
-) -> tuple[np.ndarray, np.ndarray]:
+def run(kernel: Any, batch: dict[str, Any], *more: Any, **options: Any) -> tuple[np.ndarray, np.ndarray]:
     out, cache = jax.jit(lambda *arrays: kernel(*arrays, **options))(*batch.values(), *more)
     return np.asarray(out.astype(jnp.float32)), np.asarray(cache.astype(jnp.float32))
 
 
-def run_theirs(reference: Any, batch: dict[str, jax.Array], *more: Any, **options: Any) -> Any:
+def run_theirs(reference: Any, batch: dict[str, Any], *more: Any, **options: Any) -> Any:
     """tpu-inference's reference loops over the sequences in Python: one compilation instead of hundreds."""
     arrays, indices = list(batch.values())[:4], list(batch.values())[4:]
     return jax.jit(lambda *traced: reference(*traced, *indices, *more, **options))(*arrays)
 
 
-def check_against(
-    reference: Any, batch: dict[str, jax.Array], out: Any, cache: Any, tolerance: float
-) -> None:
+def check_against(reference: Any, batch: dict[str, Any], out: Any, cache: Any, tolerance: float) -> None:
     expected, expected_cache = reference
     used = expected.shape[0]
     np.testing.assert_allclose(out[:used], np.asarray(expected, np.float32), atol=tolerance, rtol=tolerance)
@@ -151,8 +147,7 @@ def check_against(
 @pytest.mark.parametrize(
     ("shape", "options"),
     [
-        pytest.param({}, {}, id="plain"),
-        pytest.param({"heads": (8, 1)}, {"sm_scale": 0.3}, id="one key head"),
+        pytest.param({"heads": (8, 1)}, {}, id="plain"),
         pytest.param({"heads": (3, 3), "head_dim": 32}, {"sm_scale": 0.3}, id="no groups, head_dim padded"),
         pytest.param({"head_dim": 256, "page_size": 32}, {"sliding_window": 5, "sm_scale": 0.1}, id="window"),
         pytest.param({"head_dim": 72}, {"sliding_window": 1, "soft_cap": 3.0}, id="window of one, soft cap"),
@@ -173,9 +168,8 @@ def test_ragged_paged_attention(theirs: Any, shape: dict[str, Any], options: dic
 @pytest.mark.parametrize(
     ("dtype", "options", "sink"),
     [
-        (jnp.float32, {"sm_scale": 0.2}, False),
         (jnp.float32, {"sm_scale": 0.2, "sliding_window": 9, "soft_cap": 2.0}, True),
-        (jnp.bfloat16, {"sm_scale": 0.2}, True),
+        (jnp.bfloat16, {"sm_scale": 0.2}, False),
     ],
 )
 def test_ragged_paged_attention_hd64(theirs: Any, dtype: Any, options: dict[str, Any], sink: bool) -> None:
@@ -191,7 +185,7 @@ def test_quantized_cache(theirs: Any) -> None:
         theirs.rpa.get_kv_cache_shape, dtype=jnp.bfloat16, cache_dtype=jnp.float8_e5m2, heads=(4, 1)
     )
     options = {"sm_scale": 0.1, "k_scale": 0.5, "v_scale": 3.0}
-    _, cache = run(cpu_reference.ragged_paged_attention, batch, **options)
+    out, cache = run(cpu_reference.ragged_paged_attention, batch, **options)
     # The reference multiplies in the cache's 8 bits; wider copies of the same numbers are what is wanted.
     wide = {**batch, **{name: batch[name].astype(jnp.float32) for name in ("queries", "keys", "values")}}
     wide["kv_cache"] = jnp.zeros(
@@ -199,7 +193,6 @@ def test_quantized_cache(theirs: Any) -> None:
     )
     wide["kv_cache"] = batch["kv_cache"][:, :, :, :2].reshape(wide["kv_cache"].shape).astype(jnp.float32)
     expected, expected_cache = run_theirs(theirs.rpa.ref_ragged_paged_attention, wide, **options)
-    out, _ = run(cpu_reference.ragged_paged_attention, batch, **options)
     np.testing.assert_allclose(out[: len(expected)], np.asarray(expected), atol=0.03, rtol=0.03)
     np.testing.assert_array_equal(
         cache[:, :, 0, :2].reshape(expected_cache.shape), np.asarray(expected_cache)
@@ -271,7 +264,7 @@ def test_attention_refuses_what_it_does_not_compute(theirs: Any) -> None:
         with pytest.raises(NotImplementedError, match=next(iter(option))):
             cpu_reference.ragged_paged_attention(*batch.values(), **option)
     with pytest.raises(TypeError, match="decode_query_size"):
-        cpu_reference.ragged_paged_attention(*batch.values(), decode_query_size=2)
+        cpu_reference.ragged_paged_attention(*batch.values(), decode_query_size=2)  # pyright: ignore[reportCallIssue]
     with pytest.raises(ValueError, match="kv_cache has rows"):
         cpu_reference.ragged_paged_attention_hd64(*batch.values())
     with pytest.raises(ValueError, match="kv_cache is float32"):
@@ -462,9 +455,11 @@ def test_under_shard_map() -> None:
     assert result.returncode == 0, result.stderr
 
 
-def test_mesh_refuses_other_devices() -> None:
+def test_other_devices_are_refused() -> None:
     with pytest.raises(RuntimeError, match="runs on tpu"):
         cpu_reference.make_mesh((1,), ("model",), devices=[SimpleNamespace(platform="tpu")])
+    with pytest.raises(RuntimeError, match="runs on tpu"):
+        cpu_reference.memory_usage([SimpleNamespace(platform="cpu"), SimpleNamespace(platform="tpu")])
 
 
 def test_requested_devices(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -485,7 +480,7 @@ def test_memory_is_shared_by_the_devices(
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     if setting:
         monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", setting)
-    usage = cpu_reference.memory_usage(["a", "b"])
+    usage = cpu_reference.memory_usage([SimpleNamespace(platform="cpu")] * 2)
     assert usage == [(0, gib * 2**29)] * 2
     assert cpu_reference.memory_usage([]) == []
 

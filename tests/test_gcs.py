@@ -65,7 +65,7 @@ def proxy() -> Iterator[gcs.Proxy]:
 
 def pieces(checkpoint: Checkpoint) -> list[Piece]:
     tree = checkpoint.tree
-    return list(read_pieces(tree.leaves.values(), tree.arrays, checkpoint.concurrent_bytes, str(checkpoint)))
+    return list(read_pieces(tree.leaves.values(), tree.arrays, checkpoint.concurrent_bytes, checkpoint.plan.where))
 
 
 def with_config(checkpoint: Checkpoint, case: str) -> Checkpoint:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 from conftest import Tree, cases
@@ -16,15 +17,24 @@ from rich.console import Console
 from vllm_maxtext_loader.checkpoint.tree import Leaf
 from vllm_maxtext_loader.errors import CheckpointNotFoundError
 from vllm_maxtext_loader.inspect_checkpoint import container_of, count_chunks, inspect_checkpoint
-from vllm_maxtext_loader.tables import fold, ranges, show_inspection, size
+from vllm_maxtext_loader.tables import _show_leaves, fold, ranges, show_inspection, size
 
 Edited = Callable[..., Path]
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
 def _shown(path: Path, width: int) -> str:
     out = io.StringIO()
     show_inspection(Console(file=out, width=width, highlight=False, markup=False), inspect_checkpoint(path))
     return out.getvalue()
+
+
+def _first_column(shown: str) -> str:
+    """Names as they were before they were folded, one after the other."""
+    lines = shown.splitlines()
+    (width,) = {line.index("shape") for line in lines if line.split()[:2] == ["leaf", "shape"]}
+    return "".join(line[:width].strip() for line in lines)
 
 
 @pytest.mark.parametrize("name", cases())
@@ -50,9 +60,11 @@ def test_facts_of_a_scanned_checkpoint() -> None:
     }
     assert found["wrapper"] == "Linen (MaxText train state)"
     assert found["storage"] == {"ocdbt": True, "zarr": 3, "compression": "zstd 3"}
-    assert found["model"]["name"] is None and found["needs_config"] is True
+    assert found["model"]["name"] is None
+    assert found["needs_config"] is True
     assert found["model"]["dims"]["experts"] == 8
-    assert found["step"] == 0 and found["tensors"] == 264
+    assert found["step"] == 0
+    assert found["tensors"] == 264
     assert [entry["reason"] for entry in found["skipped"]] == ["training step"]
     (scale,) = (
         leaf
@@ -60,7 +72,8 @@ def test_facts_of_a_scanned_checkpoint() -> None:
         if leaf["name"].endswith("global_layer.mlp.moe_block.MoeBlock_0.wi_0")
     )
     assert scale["container"] == "decoder.scanned_blocks.global_layer"
-    assert scale["shape"] == [8, 2, 96, 40] and scale["bytes"] == 8 * 2 * 96 * 40 * 2
+    assert scale["shape"] == [8, 2, 96, 40]
+    assert scale["bytes"] == 8 * 2 * 96 * 40 * 2
     assert scale["chunks"] == np.prod(
         [-(-a // b) for a, b in zip(scale["shape"], scale["chunk"], strict=True)]
     )
@@ -69,7 +82,8 @@ def test_facts_of_a_scanned_checkpoint() -> None:
 def test_model_name_is_checked_and_reported() -> None:
     assert inspect_checkpoint(cases()["moe_v2"].items, model_name="gemma4-26b").preset == "gemma4-26b"
     wrong = inspect_checkpoint(cases()["moe_v2"].items, model_name="gemma4-31b")
-    assert not wrong.loads and "gemma4-31b has no experts" in str(wrong.error)
+    assert not wrong.loads
+    assert "gemma4-31b has no experts" in str(wrong.error)
 
 
 def test_no_array_data_is_read(edited: Edited) -> None:
@@ -78,7 +92,8 @@ def test_no_array_data_is_read(edited: Edited) -> None:
         if file.is_file() and file.name not in ("_METADATA", "_sharding", ".zarray", "commit_success.txt"):
             file.unlink()
     found = inspect_checkpoint(items)
-    assert found.loads and found.to_json()["storage"]["zarr"] == 2
+    assert found.loads
+    assert found.to_json()["storage"]["zarr"] == 2
 
 
 def test_a_model_that_would_not_load_is_shown_all_the_same(edited: Edited) -> None:
@@ -88,11 +103,15 @@ def test_a_model_that_would_not_load_is_shown_all_the_same(edited: Edited) -> No
 
     found = inspect_checkpoint(edited("moe_v2", drop))
     content = found.to_json()
-    assert not found.loads and content["error"]["type"] == "UnknownLeafError"
-    assert content["layout"] is None and content["model"]["dims"] is None and content["tensors"] is None
+    assert not found.loads
+    assert content["error"]["type"] == "UnknownLeafError"
+    assert content["layout"] is None
+    assert content["model"]["dims"] is None
+    assert content["tensors"] is None
     assert any(leaf["name"] == "decoder.lora.a" for leaf in content["leaves"])
     shown = _shown(Path(found.tree.location.items.url), 80)
-    assert "decoder.lora" in shown and "UnknownLeafError" in shown
+    assert "decoder.lora" in shown
+    assert "UnknownLeafError" in shown
 
 
 def test_steps_of_a_run(copy_case: Callable[[str], Path]) -> None:
@@ -111,9 +130,11 @@ def test_steps_of_a_run(copy_case: Callable[[str], Path]) -> None:
         (2000, False),
         (3000, False),
     ]
-    assert "no commit time" in found.steps[2].detail and "temporary" in found.steps[3].detail
+    assert "no commit time" in found.steps[2].detail
+    assert "temporary" in found.steps[3].detail
     shown = " ".join(_shown(run, 80).split())
-    assert "0, 100 committed" in shown and "2000 not committed" in shown
+    assert "0, 100 committed" in shown
+    assert "2000 not committed" in shown
     assert [step.number for step in inspect_checkpoint(run / "0" / "items").steps] == [0, 100, 2000, 3000]
 
 
@@ -127,7 +148,7 @@ def test_eighty_columns_lose_nothing(name: str) -> None:
     shown = _shown(cases()[name].items, 80)
     assert max(map(len, shown.splitlines())) <= 80
     # Names are folded, never cut: without the white space each is still there.
-    first_column = "".join(line[:34].strip() for line in shown.splitlines())
+    first_column = _first_column(shown)
     for leaf in inspect_checkpoint(cases()[name].items).tree.leaves.values():
         below = leaf.name.removeprefix(container_of(leaf)[0] + ".")
         assert below in shown or all(part in first_column for part in below.split("."))
@@ -138,7 +159,8 @@ def test_layers_alike_are_shown_once() -> None:
     if not unscanned:
         pytest.skip("no unscanned fixture")
     shown = _shown(cases()[unscanned[0]].items, 100)
-    assert "alike" in shown and shown.count("self_attention.query.kernel") < 5
+    assert "alike" in shown
+    assert shown.count("self_attention.query.kernel") < 5
 
 
 def test_chunks_are_counted() -> None:
@@ -151,7 +173,33 @@ def test_fold_breaks_after_dots() -> None:
     assert fold(name, 80) == name
     lines = fold(name, 25, "  ").split("\n")
     assert lines == ["  mlp.moe_block.", "    MoeBlock_0.", "    per_expert_scale"]
+    assert fold("a.b_" + "c" * 9, 12, "  ").split("\n") == ["  a.b_", "    ccccccccc"]
     assert "".join(line.strip() for line in fold("a" * 40 + ".b", 10).split("\n")) == "a" * 40 + ".b"
+
+
+def test_eighty_columns_at_full_size() -> None:
+    """Shapes and chunks of the published 26B model, which no fixture has."""
+    block = ("decoder", "scanned_blocks", "local_layers", "mlp")
+    leaves = [
+        Leaf(
+            "k0",
+            (*block, "moe_block", "MoeBlock_0", "wi_0"),
+            (128, 5, 5, 2816, 704),
+            BF16,
+            (8, 5, 5, 2816, 704),
+        ),
+        Leaf("k1", (*block, "post_feedforward_layernorm_1", "scale"), (2816, 5, 5), BF16, (88, 5, 5)),
+    ]
+    out = io.StringIO()
+    _show_leaves(Console(file=out, width=80), leaves)
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "128×5×5×2816×704" in out.getvalue()
+    assert "8×·×·×·×·" in out.getvalue()
+    assert "11.82 GiB" in out.getvalue()
+    names = _first_column(out.getvalue())
+    assert "mlp.moe_block.MoeBlock_0.wi_0" in names
+    assert "mlp.post_feedforward_layernorm_1.scale" in names
 
 
 def test_small_words() -> None:

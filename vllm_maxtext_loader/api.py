@@ -17,15 +17,13 @@ from vllm_maxtext_loader.checkpoint.tree import ANCHOR, Tree, read_tree
 from vllm_maxtext_loader.conversion.convert import BFLOAT16, convert
 from vllm_maxtext_loader.conversion.gemma4 import Dims
 from vllm_maxtext_loader.conversion.plan import Plan, make_plan
-from vllm_maxtext_loader.options import DEFAULT_CONCURRENT_GIB
+from vllm_maxtext_loader.options import read_budget
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
 
 logger = logging.getLogger("vllm." + __name__)
-
-GIB = 1 << 30
 
 
 class Checkpoint:
@@ -40,14 +38,14 @@ class Checkpoint:
     """
 
     def __init__(
-        self, tree: Tree, plan: Plan, model_name: str | None, concurrent_gib: float, configured: bool = False
+        self, tree: Tree, plan: Plan, model_name: str | None, concurrent_bytes: int, configured: bool = False
     ) -> None:
         self.tree = tree
         self.plan = plan
         self.model_name = model_name
         self.configured = configured
         self._vocab_known = False
-        self.concurrent_bytes = int(concurrent_gib * GIB)
+        self.concurrent_bytes = concurrent_bytes
 
     def __repr__(self) -> str:
         return f"Checkpoint({self.location.items}, {len(self.plan.targets)} tensors)"
@@ -67,7 +65,7 @@ class Checkpoint:
             ConfigMismatchError: the configuration contradicts the shapes.
         """
         plan = make_plan(self.tree, Dims.from_config(config))
-        return Checkpoint(self.tree, plan, self.model_name, self.concurrent_bytes / GIB, configured=True)
+        return Checkpoint(self.tree, plan, self.model_name, self.concurrent_bytes, configured=True)
 
     def hf_config(self) -> PretrainedConfig:
         """The model's configuration: dimensions from the shapes, the rest from the published preset.
@@ -150,7 +148,7 @@ def open_checkpoint(
     *,
     step: int | None = None,
     model_name: str | None = None,
-    concurrent_gib: float = DEFAULT_CONCURRENT_GIB,
+    concurrent_gib: float | None = None,
 ) -> Checkpoint:
     """Reads a checkpoint's metadata and plans its conversion.
 
@@ -159,14 +157,15 @@ def open_checkpoint(
         step: step to take from a run's checkpoint directory; None means the newest committed one.
         model_name: gemma4-26b, gemma4-31b, gemma4-e2b or gemma4-e4b: which published model to take from what
             shapes cannot tell (sliding window, rope, top-k); None means chosen by shape.
-        concurrent_gib: GiB of decoded array data in flight at a time.
+        concurrent_gib: GiB of decoded array data in flight at a time; None means chosen by size.
 
     Raises:
         MaxTextLoadError: one of its kinds; see `vllm_maxtext_loader.errors`.
     """
     location = locate(path, step)
-    tree = read_tree(location, tensorstore_context(int(concurrent_gib * GIB)))
-    return Checkpoint(tree, make_plan(tree), model_name, concurrent_gib)
+    tree = read_tree(location, tensorstore_context())
+    plan = make_plan(tree)
+    return Checkpoint(tree, plan, model_name, read_budget(concurrent_gib, plan.nbytes))
 
 
 def to_torch(array: np.ndarray) -> torch.Tensor:

@@ -105,7 +105,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, LeafSums]:
         raise
     except OSError as error:
         raise OptionError(f"checksums {path}: cannot be read ({error.strerror or error}). {_AGAIN}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise OptionError(f"checksums {path}: is no checksum file ({type(error).__name__}: {error}). {_AGAIN}") from error
 
 

@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import importlib.metadata
 import inspect as inspection
 import io
-import json
-import os
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable
+from typing import Annotated
 
 import typer
 
-from vllm_maxtext_loader.errors import MaxTextLoadError
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from vllm_maxtext_loader.checkpoint.reader import Piece
-
-DIFFERENT, UNUSABLE, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
-"""Exit codes beside 0; the last two are what a shell reports for SIGINT and SIGPIPE."""
-
-_PIPED_WIDTH = 200
-_SHOW_PROGRESS_AFTER = 2.0
+from vllm_maxtext_loader.terminal import DIFFERENT, console, print_json, progress, sigterm_raises, tidy
 
 app = typer.Typer(
     name="vllm-maxtext",
@@ -132,16 +116,16 @@ def inspect(
       notes                  sentences
       model.dims, layout and tensors are null where the model is not understood.
     """
-    with _tidy():
+    with tidy():
         from vllm_maxtext_loader.inspect_checkpoint import inspect_checkpoint
 
         found = inspect_checkpoint(checkpoint, step=step, model_name=model_name)
         if as_json:
-            _print_json(found.to_json())
+            print_json(found.to_json())
         else:
             from vllm_maxtext_loader.tables import show_inspection
 
-            show_inspection(_console(), found)
+            show_inspection(console(), found)
         if found.error is not None:
             raise found.error
 
@@ -186,21 +170,21 @@ def verify(
       Statuses: same, differs, other shape, not comparable, not in HF_DIR,
       not in checkpoint, not compared. max_abs is null where it is no number.
     """
-    with _tidy():
+    with tidy():
         from vllm_maxtext_loader.api import open_checkpoint
         from vllm_maxtext_loader.hf_directory import read_hf_directory
         from vllm_maxtext_loader.verify import verify as compare
 
         hf = read_hf_directory(hf_dir)
         opened = open_checkpoint(checkpoint, step=step)
-        with _progress(opened.plan.nbytes, "Comparing") as on_piece:
+        with progress(opened.plan.nbytes, "Comparing") as on_piece:
             report = compare(opened, hf, on_piece=on_piece)
         if as_json:
-            _print_json(report.to_json(every_row=every_row))
+            print_json(report.to_json(every_row=every_row))
         else:
             from vllm_maxtext_loader.tables import show_report
 
-            show_report(_console(), report, every_row=every_row)
+            show_report(console(), report, every_row=every_row)
     if not report.same:
         raise typer.Exit(DIFFERENT)
 
@@ -245,7 +229,7 @@ def export(
       0  written
       2  unusable input, or no space
     """
-    with _tidy():
+    with tidy():
         from vllm_maxtext_loader.api import open_checkpoint
         from vllm_maxtext_loader.export import export as write
         from vllm_maxtext_loader.export import parse_size
@@ -256,7 +240,7 @@ def export(
         except ValueError as error:
             raise typer.BadParameter(str(error), param_hint="--max-shard-size") from error
         opened = open_checkpoint(checkpoint, step=step, model_name=model_name)
-        with _progress(opened.plan.nbytes, "Exporting") as on_piece, _sigterm_raises():
+        with progress(opened.plan.nbytes, "Exporting") as on_piece, sigterm_raises():
             done = write(
                 opened,
                 out_dir,
@@ -272,6 +256,30 @@ def export(
         typer.echo(f"Wrote {done.tensors} tensors, {size(done.nbytes)}, in {files} to {done.path}")
 
 
+@_command
+def checksum(checkpoint: Checkpoint, step: StepOption = None) -> None:
+    """Take checksums of a checkpoint's array data, which Orbax does not store, and print them as JSON.
+
+    Every leaf of the model is read once. A load that is given the file compares what it reads with it, at no
+    extra read: --model-loader-extra-config '{"checksums": "FILE"}'.
+
+    [bold]Examples[/bold]
+      vllm-maxtext checksum gs://bucket/run/checkpoints --step 1000 > step-1000.crc
+
+    [bold]Exit codes[/bold]
+      0  done
+      2  unusable input
+    """
+    with tidy():
+        from vllm_maxtext_loader import checksums
+        from vllm_maxtext_loader.api import open_checkpoint
+
+        opened = open_checkpoint(checkpoint, step=step)
+        with progress(opened.plan.nbytes, "Reading") as on_piece:
+            sums = checksums.compute(opened, on_piece)
+        sys.stdout.write(checksums.dumps(sums, str(opened.location.items)))
+
+
 def main() -> None:
     """Entry point."""
     for stream in (sys.stdout, sys.stderr):
@@ -279,78 +287,3 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     app()
-
-
-@contextlib.contextmanager
-def _tidy() -> Iterator[None]:
-    """Errors as one message, no traceback, and the exit code that was promised."""
-    try:
-        yield
-        sys.stdout.flush()
-    except MaxTextLoadError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(UNUSABLE) from error
-    except BrokenPipeError as error:
-        # `| head` has seen enough. Python would complain once more when it flushes stdout at exit.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(BROKEN_PIPE) from error
-    except KeyboardInterrupt as error:
-        typer.echo("interrupted", err=True)
-        raise typer.Exit(INTERRUPTED) from error
-
-
-@contextlib.contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """A preempted machine says SIGTERM first: time enough to remove what is half written."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def leave(*_: object) -> None:
-        sys.exit(128 + signal.SIGTERM)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    class Piped(Console):
-        def on_broken_pipe(self) -> None:
-            raise BrokenPipeError
-
-    # In a file or a pipe there is no edge to fold names at, unless someone says so.
-    terminal = sys.stdout.isatty() or "COLUMNS" in os.environ
-    return Piped(highlight=False, emoji=False, markup=False, width=None if terminal else _PIPED_WIDTH)
-
-
-def _print_json(content: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(content, indent=2, allow_nan=False) + "\n")
-
-
-@contextlib.contextmanager
-def _progress(total: int, what: str) -> Iterator[Callable[[Piece], None]]:
-    """A bar on stderr for what takes longer than two seconds; none where stderr is no terminal."""
-    from tqdm import tqdm
-
-    with tqdm(
-        total=total,
-        desc=what,
-        unit="B",
-        unit_scale=True,
-        unit_divisor=1024,
-        delay=_SHOW_PROGRESS_AFTER,
-        disable=None,
-        leave=False,
-        file=sys.stderr,
-    ) as bar:
-
-        def on_piece(piece: Piece) -> None:
-            bar.update(piece.array.nbytes)
-
-        yield on_piece

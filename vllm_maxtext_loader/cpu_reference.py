@@ -674,22 +674,26 @@ def flash_attention(
 # ----------------------------------------------------------------------------
 
 
+def _require_cpu_devices(devices: Sequence[Any]) -> None:
+    """Every worker passes here with its devices before anything is computed on them."""
+    others = {device.platform for device in devices} - {"cpu"}
+    if others:
+        raise RuntimeError(
+            f"the CPU reference kernels are installed, but JAX runs on {', '.join(sorted(others))}, where "
+            "they must not run: start a new process without JAX_PLATFORMS=cpu."
+        )
+
+
 def make_mesh(
     axis_shapes: Sequence[int], axis_names: Sequence[str], *, devices: Sequence[Any] | None = None
 ) -> Mesh:
     """A mesh over the first CPU devices.
 
     Contract: tpu-inference 0.32.0 utils.py, `make_optimized_mesh`, which orders devices by their place in
-    the TPU's torus. Every engine passes here, so this is also where a backend other than the CPU is
-    refused.
+    the TPU's torus.
     """
     available = list(jax.devices() if devices is None else devices)
-    others = {device.platform for device in available} - {"cpu"}
-    if others:
-        raise RuntimeError(
-            f"the CPU reference kernels are installed, but JAX runs on {', '.join(sorted(others))}, where "
-            "they must not run: start a new process without JAX_PLATFORMS=cpu."
-        )
+    _require_cpu_devices(available)
     count = math.prod(axis_shapes)
     _require_devices(count, len(available))
     grid = np.array(available[:count]).reshape(axis_shapes)
@@ -704,6 +708,7 @@ def memory_usage(devices: Sequence[Any]) -> list[tuple[int, int]]:
     from these numbers.
     """
     devices = list(devices)
+    _require_cpu_devices(devices)
     gib = int(os.environ.get("VLLM_CPU_KVCACHE_SPACE") or 0) or DEFAULT_KV_CACHE_GIB
     return [(0, gib * 2**30 // max(len(devices), 1))] * len(devices)
 
@@ -803,7 +808,7 @@ def replace_kernels() -> None:
 
 
 def _require_cpu() -> None:
-    """Refuse any backend but the CPU, without starting it; `make_mesh` looks at the devices themselves."""
+    """Refuse any backend but the CPU without starting it; `_require_cpu_devices` sees what it became."""
     platforms = jax.config.jax_platforms or ""
     if platforms.split(",")[0] != "cpu":
         raise RuntimeError(

@@ -106,7 +106,7 @@ def _files(directory: Path) -> dict[Path, set[str] | None]:
                 f"{directory}: {len(lost)} of {len(files)} shards are missing ({lost[0]}). Download it again."
             )
         return files
-    found: dict[Path, set[str] | None] = {file: None for file in sorted(directory.glob("*.safetensors"))}
+    found: dict[Path, set[str] | None] = dict.fromkeys(sorted(directory.glob("*.safetensors")))
     if not found:
         names = ", ".join(sorted(entry.name for entry in directory.iterdir())[:8]) or "nothing"
         raise HuggingFaceDirectoryError(

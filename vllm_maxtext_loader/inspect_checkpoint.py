@@ -28,7 +28,8 @@ from vllm_maxtext_loader.errors import (
 _STEPS_CHECKED = 20
 """Newest steps of a run that are looked into; each costs a few requests."""
 
-_METADATA_CACHE = 1 << 20
+_STEP_NAME = re.compile(r"(?:.*[_-])?(\d+)")
+"""Names of step directories, as in `checkpoint.location`: "100", "step_100"."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +174,7 @@ def inspect_checkpoint(
             the model itself is in `Inspection.error` instead.
     """
     location = locate(path, step)
-    tree = read_tree(location, tensorstore_context(_METADATA_CACHE))
+    tree = read_tree(location, tensorstore_context())
     plan, preset, error = None, None, None
     try:
         plan = make_plan(tree)
@@ -197,29 +198,25 @@ def _preset(dims: Dims, model_name: str | None, where: str) -> str | None:
 
 
 def _steps(location: ItemLocation) -> tuple[Step, ...]:
-    """The steps beside the one that was found, with temporary directories among them."""
-    step_dir = location.items if location.items.parent is None else location.items.parent
+    """The steps of the run the checkpoint belongs to, with temporary directories among them."""
+    step_dir = location.items if _STEP_NAME.fullmatch(location.items.name) else location.items.parent
     run = None if location.step is None or step_dir is None else step_dir.parent
-    if run is None:
+    if run is None or step_dir is None:
         return ()
     try:
         names = run.listdir()
     except (OSError, MaxTextLoadError):
         return ()
-    # The same reading of names as in `checkpoint.location`: "100", "step_100", "ckpt-100".
-    found = {name: re.match(r"(?:.*?[_-])??(\d+)(?:$|\.)", name) for name in names}
-    numbers = sorted(
-        (
-            (int(match[1]), name)
-            for name, match in found.items()
-            if match and (name[match.end(1) :] == "" or TMP_MARK in name)
-        ),
-        reverse=True,
-    )
+    matches = [(name, _STEP_NAME.fullmatch(name.partition(TMP_MARK)[0])) for name in names]
+    numbered = sorted(((int(match[1]), name) for name, match in matches if match), reverse=True)
+
+    def look(entry: tuple[int, str]) -> Step | None:
+        number, name = entry
+        return Step(number, True) if name == step_dir.name else _check(run, number, name)
+
     with ThreadPoolExecutor(8) as pool:
-        checked = list(pool.map(lambda pair: _check(run, *pair), numbers[:_STEPS_CHECKED]))
-    steps = [step for step in checked if step is not None]
-    steps += [Step(number, None, "not looked into") for number, _ in numbers[_STEPS_CHECKED:]]
+        steps = [step for step in pool.map(look, numbered[:_STEPS_CHECKED]) if step is not None]
+    steps += [Step(number, None, "not looked into") for number, _ in numbered[_STEPS_CHECKED:]]
     return tuple(sorted(steps, key=lambda step: step.number))
 
 

@@ -6,11 +6,12 @@ tensors -> `model.load_weights`, vLLM's own packing and sharding -> completeness
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,6 +38,13 @@ logger = init_logger("vllm." + __name__)
 GIB = 1 << 30
 DIRECT_VARIABLE = "VLLM_MAXTEXT_DIRECT"
 """Set to 0 to load through Hugging Face tensors and `model.load_weights` on tpu-inference too."""
+
+
+Through = Callable[[Iterator["Piece"]], Iterator["Piece"]]
+
+
+def _unchanged(pieces: Iterator[Piece]) -> Iterator[Piece]:
+    return pieces
 
 
 class MaxTextModelLoader(BaseModelLoader):
@@ -74,20 +82,21 @@ class MaxTextModelLoader(BaseModelLoader):
         wanted = _weights_of(model)
         meter = _Meter(checkpoint, enable_tqdm(self.load_config.use_tqdm_on_load))
         given: set[str] = set()
-        through = None
+        watch = self._checksum_watch(checkpoint)
+        place: Through = _unchanged
         placed: set[str] = set()
         if self._places_directly(model_config):
             from vllm_maxtext_loader.tpu.direct import DirectPlacer
 
             placer = DirectPlacer(model, checkpoint.plan, numpy_dtype(model_config.dtype), fold)
             given, placed = placer.targets(), placer.placed
-            through = functools.partial(placer.stream, on_place=meter.on_place)
+            place = functools.partial(placer.stream, on_place=meter.on_place)
         weights = checkpoint.hf_weights(
             fold_expert_scales=fold,
             dtype=model_config.dtype,
             on_wait=meter.on_wait,
             on_piece=meter.on_piece,
-            through=through,
+            through=lambda pieces: place(watch(pieces)),
         )
         try:
             loaded = model.load_weights(_watched(weights, given))  # type: ignore[operator]
@@ -101,7 +110,7 @@ class MaxTextModelLoader(BaseModelLoader):
 
         options = self.options
         if options.checkpoint is None and model_config.model_weights == "":
-            options = Options(checkpoint=model_config.model, step=options.step, model_name=options.model_name)
+            options = dataclasses.replace(options, checkpoint=model_config.model)
         if options.checkpoint is None:
             raise EngineError("--load-format maxtext: no checkpoint was named.")
         checkpoint = open_checkpoint(
@@ -113,6 +122,17 @@ class MaxTextModelLoader(BaseModelLoader):
         for note in checkpoint.plan.notes:
             logger.warning("%s: %s", checkpoint.plan.where, note)
         return checkpoint
+
+    def _checksum_watch(self, checkpoint: Checkpoint) -> Through:
+        """What compares boxes with the checksum file the user gave, if any; a file of another checkpoint is refused."""
+        if self.options.checksums is None:
+            return _unchanged
+        from vllm_maxtext_loader.checksums import Verifier
+
+        verifier = Verifier(self.options.checksums, checkpoint.plan.where)
+        verifier.expect(entry.leaf for entry in checkpoint.plan.leaves)
+        logger.info("Array data is compared with the checksums in %s.", self.options.checksums)
+        return verifier.watch
 
     def _places_directly(self, model_config: ModelConfig) -> bool:
         """Whether chunks go straight to the device (tpu-inference, unquantized), without torch in between."""
@@ -176,28 +196,34 @@ class _Meter:
         from vllm_maxtext_loader.conversion.layout import describe
 
         plan, tree = self.checkpoint.plan, self.checkpoint.tree
-        gib = plan.nbytes / GIB
         step = "" if tree.location.step is None else f" step {tree.location.step}"
-        skipped = f"; skipped {tree.skipped_nbytes / GIB:.2f} GiB of {_reasons(self.checkpoint)}" if tree.skipped else ""
+        skipped = ""
+        if tree.skipped:
+            skipped = f"; skipped {_gib(tree.skipped_nbytes)} of {_reasons(self.checkpoint)}"
         place = max(0.0, seconds - self.waited - self.converted)
         logger.info(
-            "Loaded %s%s: Gemma 4 (%s), %s, %d leaves into %d tensors, %.2f GiB in %.1f s (%.2f GiB/s): waiting for "
-            "storage and decoding %.1f s, converting %.1f s, placing %.1f s; peak host memory %.2f GiB%s.",
+            "Loaded %s%s: Gemma 4 (%s), %s, %d leaves into %d tensors, %s in %.1f s (%s/s): waiting for "
+            "storage and decoding %.1f s, converting %.1f s, placing %.1f s; peak host memory %s%s.",
             tree.location.items,
             step,
             describe(plan.layout),
             tree.wrapper,
             len(plan.leaves),
             len(plan.targets),
-            gib,
+            _gib(plan.nbytes),
             seconds,
-            gib / seconds,
+            _gib(plan.nbytes / seconds),
             self.waited,
             self.converted,
             place,
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20),
+            _gib(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024),
             skipped,
         )
+
+
+def _gib(nbytes: float) -> str:
+    """Bytes as GiB with three significant digits: "12.3 GiB", "0.00715 GiB"."""
+    return f"{nbytes / GIB:.3g} GiB"
 
 
 def _reasons(checkpoint: Checkpoint) -> str:

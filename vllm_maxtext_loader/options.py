@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from vllm_maxtext_loader.errors import OptionError
 
-DEFAULT_CONCURRENT_GIB = 1.0
+GIB = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,14 +23,17 @@ class Options:
             (`gemma4-26b`, `gemma4-31b`, `gemma4-e2b`, `gemma4-e4b`); None means chosen by shape.
         fold_expert_scales: multiply `per_expert_scale` into the experts' `down_proj`.
             "auto" folds where the engine does not apply the scale itself (tpu-inference).
-        concurrent_gib: bytes of decoded array data in flight at a time, in GiB.
+        concurrent_gib: bytes of decoded array data in flight at a time, in GiB; None means chosen by size
+            (`read_budget`).
+        checksums: file that `vllm-maxtext checksum` wrote; array data is compared with it while streaming.
     """
 
     checkpoint: str | None = None
     step: int | None = None
     model_name: str | None = None
     fold_expert_scales: bool | Literal["auto"] = "auto"
-    concurrent_gib: float = DEFAULT_CONCURRENT_GIB
+    concurrent_gib: float | None = None
+    checksums: str | None = None
 
     @classmethod
     def parse(cls, extra_config: Mapping[str, Any] | None) -> Options:
@@ -59,9 +62,23 @@ class Options:
                 lambda v: isinstance(v, int | float) and not isinstance(v, bool) and 0 < v < float("inf"),
                 "a number of GiB > 0",
             ),
+            ("checksums", lambda v: isinstance(v, str) and v != "", "a path"),
         ):
             if config.get(key) is not None and not check(config[key]):
                 raise OptionError(
                     f"--model-loader-extra-config: {key} must be {wanted}, found {config[key]!r}."
                 )
         return cls(**{key: value for key, value in config.items() if value is not None})
+
+
+def read_budget(concurrent_gib: float | None, nbytes: int) -> int:
+    """Bytes of decoded array data in flight at a time.
+
+    Args:
+        concurrent_gib: what the user asked for, in GiB; None means a sixteenth of the checkpoint, so that the
+            budget is small beside the weights, but at least 64 MiB and at most 2 GiB, beyond which nothing is gained.
+        nbytes: decoded size of all that will be read.
+    """
+    if concurrent_gib is not None:
+        return int(concurrent_gib * GIB)
+    return min(max(nbytes // 16, GIB // 16), 2 * GIB)

@@ -210,12 +210,12 @@ def _show_groups(
     console.print(grid([columns], "bold underline"))
     for heading, rows in groups:
         if heading:
-            console.print(Text(heading, "bold"), soft_wrap=True)
+            console.print(Text(fold(heading, console.width), "bold"))
         console.print(grid(rows))
 
 
 def fold(name: str, width: int, indent: str = "") -> str:
-    """A dotted name on as many lines as it needs, broken after dots (or spaces); nothing of it is lost.
+    """A dotted name on as many lines as it needs, broken after dots or spaces; nothing of it is lost.
 
     Args:
         name: e.g. "mlp.moe_block.MoeBlock_0.per_expert_scale"; may have further lines.
@@ -226,10 +226,13 @@ def fold(name: str, width: int, indent: str = "") -> str:
     for number, text in enumerate(name.split("\n")):
         if number:
             lines.append(indent + _INDENT)
-        for part in re.findall(r"[^. ]*[. ]*", text):
-            if len(lines[-1]) + len(part.rstrip()) > width and lines[-1].strip():
-                lines.append(indent + _INDENT)
-            lines[-1] += part
+        for part in re.findall(r"[^. ]+[. ]*|[. ]+", text):
+            # A part that fits on no line is broken after its underscores.
+            pieces = re.findall(r"[^_]+_*|_+", part) if len(indent + _INDENT + part) > width else [part]
+            for piece in pieces:
+                if len(lines[-1]) + len(piece.rstrip()) > width and lines[-1].strip():
+                    lines.append(indent + _INDENT)
+                lines[-1] += piece
     return "\n".join(lines)
 
 

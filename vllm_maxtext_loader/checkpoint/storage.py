@@ -139,12 +139,8 @@ class Location:
         return {"driver": "file", "path": f"{self.url.rstrip('/')}/"}
 
 
-def tensorstore_context(concurrent_bytes: int) -> ts.Context:
-    """Shared TensorStore resources of one load.
-
-    Args:
-        concurrent_bytes: the read budget; small metadata caches come on top of it.
-    """
+def tensorstore_context() -> ts.Context:
+    """Shared TensorStore resources of one load: caches, threads, and how long a request may be retried."""
     abort_stalled_transfers()
     backoff = Backoff.within(no_progress_seconds())
     return ts.Context(

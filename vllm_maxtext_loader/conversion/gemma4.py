@@ -194,16 +194,16 @@ CONTAINERS: tuple[Container, ...] = (
     Container(r"decoder\.scanned_blocks\.local_layers", Scope.LAYER, ("block", "local"), "block", "local", "scanned v2"),
     Container(r"decoder\.scanned_blocks\.global_layer", Scope.LAYER, ("block",), "block", "last", "scanned v2"),
     # MaxText 0.2.2 and 0.2.3: six slots, each stacked over the blocks.
-    Container(r"decoder\.scanned_blocks\.layers_(\d+)", Scope.LAYER, ("block",), "block", "slot", "scanned v1"),
+    Container(r"decoder\.scanned_blocks\.layers_(\d{1,4})", Scope.LAYER, ("block",), "block", "slot", "scanned v1"),
     # Layers that do not fill a block.
     Container(r"decoder\.layers_remainder\.local_layers", Scope.LAYER, ("local",), "remainder", "local"),
-    Container(r"decoder\.layers_remainder\.layers_(\d+)", Scope.LAYER, (), "remainder", "slot"),
+    Container(r"decoder\.layers_remainder\.layers_(\d{1,4})", Scope.LAYER, (), "remainder", "slot"),
     Container(
-        r"decoder\.(?:layers_remainder\.)?Gemma4DecoderLayerToLinen_(\d+)", Scope.LAYER, (), "remainder", "slot"
+        r"decoder\.(?:layers_remainder\.)?Gemma4DecoderLayerToLinen_(\d{1,4})", Scope.LAYER, (), "remainder", "slot"
     ),
     # scan_layers=false; E2B and E4B always.
-    Container(r"decoder\.layers_(\d+)", Scope.LAYER, title="unscanned"),
-    Container(_VISION_ENCODER + r"\.layer_(\d+)", Scope.VISION_LAYER),
+    Container(r"decoder\.layers_(\d{1,4})", Scope.LAYER, title="unscanned"),
+    Container(_VISION_ENCODER + r"\.layer_(\d{1,4})", Scope.VISION_LAYER),
     Container(_VISION_ENCODER, Scope.VISION),
     Container(r"vision_encoder\.Gemma4VisionProjector_0", Scope.VISION),
 )

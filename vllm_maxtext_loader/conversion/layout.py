@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Mapping
 
@@ -21,6 +22,9 @@ from vllm_maxtext_loader.errors import LayoutError, UnknownLeafError, UnknownMod
 
 SCAN_AXES = (1, 0)
 """Values of `param_scan_axis` that occur, MaxText's default first."""
+
+MOST_LAYERS = 10_000
+"""More than any model has; shapes that say otherwise are damaged, and would only cost memory."""
 
 _RULES: Mapping[tuple[Scope, str], Rule] = {(rule.scope, rule.leaf): rule for rule in RULES}
 _PER_LAYER_DIMS = frozenset("NDKM")
@@ -226,11 +230,13 @@ def _layout(raws: list[_Raw], axis: int | None, where: str) -> Layout:
     period = len(slots) or local + has_global
     if slots and slots != set(range(period)):
         raise LayoutError(f"{where}: scanned_blocks has slots {sorted(slots)}; expected 0 to {max(slots)} without holes.")
-    placed = [_place(raw, axis, blocks, period) for raw in raws]
+    placed = [_place(raw, axis, blocks, period, where) for raw in raws]
     found = {
         int(layer) for entry in placed if entry.rule.scope is Scope.LAYER for layer in entry.layers.flat
     }
     count = max(found) + 1
+    if count > MOST_LAYERS:
+        raise LayoutError(f"{where}: the shapes say that there are {count} layers; expected at most {MOST_LAYERS}.")
     if missing := sorted(set(range(count)) - found):
         raise LayoutError(f"{where}: has leaves for {len(found)} layers up to {count - 1}, but none for layers {missing}.")
     titles = [raw.container.title for raw in raws if raw.container and raw.container.title]
@@ -243,13 +249,18 @@ def _layout(raws: list[_Raw], axis: int | None, where: str) -> Layout:
     )
 
 
-def _place(raw: _Raw, axis: int | None, blocks: int, period: int) -> Placed:
+def _place(raw: _Raw, axis: int | None, blocks: int, period: int, where: str) -> Placed:
     container = raw.container
     if container is None or container.scope is Scope.VISION:
         return Placed(raw.leaf, raw.rule, (), np.array(0))
     stack = _stack_positions(raw, min(axis or 0, len(raw.rule.move.maxtext_axes)))
     # A leaf of too low a rank is reported by the plan, with the shape it should have.
     sizes = tuple(raw.leaf.shape[position] if position < len(raw.leaf.shape) else 1 for position in stack)
+    if math.prod(sizes) > MOST_LAYERS:
+        raise LayoutError(
+            f"{where}: leaf {raw.leaf.key} has shape {list(raw.leaf.shape)}: {math.prod(sizes)} layers would be stacked "
+            f"in it; expected at most {MOST_LAYERS}."
+        )
     layers = np.zeros(sizes, np.int64)
     for position, name in enumerate(container.stack):
         index = np.arange(sizes[position]).reshape([-1 if other == position else 1 for other in range(len(sizes))])

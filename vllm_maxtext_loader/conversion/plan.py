@@ -7,6 +7,7 @@ each is made of, and in which order the leaves are read. Every refusal happens h
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -44,7 +45,7 @@ class Target:
     @property
     def nbytes(self) -> int:
         """Size in bytes at the stored dtype."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +189,9 @@ def _plan(layout: Layout, wanted: Dims | None, where: str) -> Plan:
                 )
             have.add(part)
             sources.setdefault(name, []).append(entry.leaf.key)
-            dtypes[name] = np.promote_types(dtypes.get(name, entry.leaf.dtype), entry.leaf.dtype)
+            # bfloat16 and float16 have no common type but float32.
+            same = dtypes.get(name, entry.leaf.dtype) == entry.leaf.dtype
+            dtypes[name] = entry.leaf.dtype if same else np.dtype(np.float32)
             writes.append(Write(name, index, layer, dims.sizes(entry.rule.scope, layer)))
         leaves.append(LeafPlan(entry.leaf, entry.rule, entry.stack, tuple(writes)))
     if surplus:

@@ -134,11 +134,10 @@ class DirectPlacer:
             job = self._jobs[self._key(entry, write)]
             job.slots[entry.rule.leaf].complete = True
             if all(slot.complete for slot in job.slots.values()):
-                # Popping the pieces lets the device free them as soon as the final array exists.
-                job.finish({leaf: _grid(slot.pieces) for leaf, slot in job.slots.items()})
+                grids = {leaf: _grid(slot.pieces) for leaf, slot in job.slots.items()}
+                job.slots.clear()
+                job.finish(grids)
                 self.placed.update(job.parameters)
-                for slot in job.slots.values():
-                    slot.pieces.clear()
 
     def stream(self, pieces: Iterator[Piece], on_place: Callable[[Piece], None]) -> Iterator[Piece]:
         """Places wanted pieces, passes the others on.
@@ -223,7 +222,7 @@ class DirectPlacer:
         input_axes = 2 if order[0] == "self_attention.out.kernel" else 1
 
         def finish(grids: dict[str, Grid]) -> None:
-            weight = build([grids[leaf] for leaf in order], input_axes)
+            weight = _done(build([grids[leaf] for leaf in order], input_axes))
             _forget(module, "weight")
             method._store_linear_weights(module, LinearWeights(weight, None, None, None))
             method.process_weights_after_loading = _nothing_left
@@ -232,32 +231,35 @@ class DirectPlacer:
         self._add(layer, leaves, job)
 
     def _experts(self, layer: int, module: nn.Module, present: set[str], names: dict[int, str]) -> None:
-        """Job for the routed experts of a layer; gate and up in one leaf (`wi`) or two."""
+        """Jobs for the routed experts of a layer: gate and up (in one leaf, `wi`, or in two), and down.
+
+        They are finished one after the other, so that the pieces of one are gone before those of the other come.
+        """
         method = module.quant_method
         if type(method) is not VllmUnquantizedFusedMoEMethod or method.moe.has_bias:
             return
         prefix = "mlp.moe_block.MoeBlock_0"
         gates = (f"{prefix}.wi",) if f"{prefix}.wi" in present else (f"{prefix}.wi_0", f"{prefix}.wi_1")
-        down = f"{prefix}.wo"
-
-        def finish(grids: dict[str, Grid]) -> None:
-            scales = self.scales.get(layer, slice(None)) if self.fold else None
-            _forget(module, "w13_weight")
-            _forget(module, "w2_weight")
-            weights = _experts_function(method.mesh, method.moe_backend, module.activation, self.dtype)(
-                [grids[leaf] for leaf in gates], grids[down], scales
-            )
-            weights = torch_view(shard_moe_weights(weights, method.moe_backend, method.mesh))
-            module.w13_weight = Parameter(weights.w13_weight, requires_grad=False)
-            module.w2_weight = Parameter(weights.w2_weight, requires_grad=False)
-            method.process_weights_after_loading = _nothing_left
-
-        leaves = (*gates, down)
+        down = (f"{prefix}.wo",)
         name = names[id(module)]
-        job = _Job(
-            (f"{name}.w13_weight", f"{name}.w2_weight"), {leaf: _Slot() for leaf in leaves}, finish, method.mesh
-        )
-        self._add(layer, leaves, job)
+        for leaves, weight in ((gates, "w13_weight"), (down, "w2_weight")):
+            finish = functools.partial(self._finish_experts, layer, module, leaves, weight)
+            job = _Job((f"{name}.{weight}",), {leaf: _Slot() for leaf in leaves}, finish, method.mesh)
+            self._add(layer, leaves, job)
+
+    def _finish_experts(
+        self, layer: int, module: nn.Module, leaves: tuple[str, ...], weight: str, grids: dict[str, Grid]
+    ) -> None:
+        method = module.quant_method
+        is_down = weight == "w2_weight"
+        scales = self.scales.get(layer, slice(None)) if self.fold and is_down else None
+        _forget(module, weight)
+        build = _experts_function(method.mesh, method.moe_backend, module.activation, self.dtype, weight)
+        made = FusedMoEWeights(None, None, None, None, None, None)  # type: ignore[arg-type]
+        setattr(made, weight, _done(build([grids[leaf] for leaf in leaves], scales)))
+        made = torch_view(shard_moe_weights(made, method.moe_backend, method.mesh))
+        setattr(module, weight, Parameter(getattr(made, weight), requires_grad=False))
+        method.process_weights_after_loading = _nothing_left
 
     def _embedding(self, model: Gemma4ForCausalLM, names: dict[int, str]) -> None:
         """Job for the embedding; the tied output head shares its array instead of holding a copy."""
@@ -271,7 +273,7 @@ class DirectPlacer:
         rows = embed.weight.shape[0]
 
         def finish(grids: dict[str, Grid]) -> None:
-            weight = torch_view(_embedding_function(sharding, rows)(grids[leaf]))
+            weight = torch_view(_done(_embedding_function(sharding, rows)(grids[leaf])))
             _forget(embed, "weight")
             delattr(head, "weight")
             for module in (embed, head):
@@ -280,6 +282,11 @@ class DirectPlacer:
 
         job = _Job((f"{names[id(embed)]}.weight",), {leaf: _Slot()}, finish, method.mesh)
         self._add(-1, (leaf,), job)
+
+
+def _done(made: Any) -> Any:
+    """Waits: otherwise the pieces of many layers would be held by computations that are merely queued."""
+    return jax.block_until_ready(made)
 
 
 def _nothing_left(layer: nn.Module) -> None:
@@ -351,25 +358,25 @@ def _linear_function(
 
 @functools.cache
 def _experts_function(
-    mesh: Mesh, backend: Any, activation: Any, dtype: np.dtype
-) -> Callable[[list[Grid], Grid, Any], FusedMoEWeights]:
-    """Compiled once per model: gate and up, down and (to be folded) scales in, packed and padded experts out."""
+    mesh: Mesh, backend: Any, activation: Any, dtype: np.dtype, weight: str
+) -> Callable[[list[Grid], Any], jax.Array]:
+    """Compiled once per model and weight: leaves (and scales to be folded) in, packed and padded experts out."""
 
-    def build(gates: list[Grid], down: Grid, scales: jax.Array | None) -> FusedMoEWeights:
-        # tpu-inference's function takes vLLM's [expert, out, in] and transposes; the two transposes cancel in XLA.
-        w13 = jnp.swapaxes(jnp.concatenate([_join(grid) for grid in gates], axis=2), 1, 2)
-        w2 = _join(down)
+    def build(grids: list[Grid], scales: jax.Array | None) -> jax.Array:
+        # [expert, in, out]; gate and up side by side.
+        experts = jnp.concatenate([_join(grid) for grid in grids], axis=2)
         if scales is not None:
-            w2 = (w2.astype(jnp.float32) * scales[:, None, None]).astype(dtype)
-        return process_unquantized_moe_weights(
-            mesh=mesh,
-            moe_backend=backend,
-            activation=activation,
-            w13_weight=w13,
-            w13_bias=None,
-            w2_weight=jnp.swapaxes(w2, 1, 2),
-            w2_bias=None,
+            experts = experts.astype(jnp.float32) * scales[:, None, None]
+        # tpu-inference's function takes vLLM's [expert, out, in] of both weights and transposes: the two transposes
+        # cancel in XLA, and nothing is computed of the weight that is not asked for.
+        given = jnp.swapaxes(experts.astype(dtype), 1, 2)
+        count, out, inner = given.shape
+        other = (count, inner, out // 2) if weight == "w13_weight" else (count, 2 * inner, out)
+        both = {weight: given, "w2_weight" if weight == "w13_weight" else "w13_weight": jnp.zeros(other, dtype)}
+        made = process_unquantized_moe_weights(
+            mesh=mesh, moe_backend=backend, activation=activation, w13_bias=None, w2_bias=None, **both
         )
+        return getattr(made, weight)
 
     return jax.jit(build)
 
