@@ -15,10 +15,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import FIXTURES
+from damage import biggest, flip, pieces, without_database
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_faults import biggest, flip
-from test_gcs import assert_once, pieces, without_database
+from test_gcs import assert_once
 
 from vllm_maxtext_loader import checksums, errors, open_checkpoint
 from vllm_maxtext_loader.api import Checkpoint
@@ -63,7 +63,9 @@ def test_read_budget_does_not_matter(sums: Path, gib: float) -> None:
     dtype=st.sampled_from([np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32)]),
 )
 @settings(max_examples=150, deadline=None)
-def test_every_chunk_has_one_checksum(shape: tuple[int, ...], steps: list[int], limit: int, dtype: np.dtype) -> None:
+def test_every_chunk_has_one_checksum(
+    shape: tuple[int, ...], steps: list[int], limit: int, dtype: np.dtype
+) -> None:
     chunks = tuple(min(size, step) for size, step in zip(shape, steps, strict=False))
     leaf = Leaf("k", ("k",), shape, dtype, chunks)
     array = np.random.default_rng(0).standard_normal(shape).astype(dtype)
@@ -75,7 +77,9 @@ def test_every_chunk_has_one_checksum(shape: tuple[int, ...], steps: list[int], 
     grid = [range(math.ceil(size / step)) for size, step in zip(shape, chunks, strict=True)]
     expected = {}
     for index, chunk in enumerate(itertools.product(*grid)):
-        inside = tuple(slice(number * step, (number + 1) * step) for number, step in zip(chunk, chunks, strict=True))
+        inside = tuple(
+            slice(number * step, (number + 1) * step) for number, step in zip(chunk, chunks, strict=True)
+        )
         expected[index] = google_crc32c.value(array[inside].tobytes())
     assert found == expected
 
@@ -100,7 +104,12 @@ def test_flipped_bit_is_read_without_complaint_and_found(sums: Path, tmp_path: P
         pytest.fail("no flipped bit passed unnoticed")
     with pytest.raises(errors.ReadError) as raised:
         verify(open_checkpoint(run), sums)
-    for part in (f"{run}/0/items: leaf {changed[0]}, chunk [", "CRC-32C is ", f"({sums})", "Copy the checkpoint again"):
+    for part in (
+        f"{run}/0/items: leaf {changed[0]}, chunk [",
+        "CRC-32C is ",
+        f"({sums})",
+        "Copy the checkpoint again",
+    ):
         assert part in str(raised.value)
 
 
@@ -122,7 +131,14 @@ def test_checksums_of_another_checkpoint(sums: Path, tmp_path: Path) -> None:
     other = open_checkpoint(FIXTURES / "dense_v2/checkpoints")
     with pytest.raises(errors.OptionError) as raised:
         verify(other, sums)
-    for part in (str(sums), "another checkpoint", other.plan.where, "leaf params.", "bfloat16 [", "vllm-maxtext checksum"):
+    for part in (
+        str(sums),
+        "another checkpoint",
+        other.plan.where,
+        "leaf params.",
+        "bfloat16 [",
+        "vllm-maxtext checksum",
+    ):
         assert part in str(raised.value)
     parsed = json.loads(sums.read_text())
     parsed["leaves"].popitem()
@@ -142,7 +158,10 @@ def test_storage_does_not_matter(sums: Path, tmp_path: Path) -> None:
         (lambda text: "", "is no checksum file"),
         (lambda text: text[:200], "is no checksum file"),
         (lambda text: "[]", "is no checksum file"),
-        (lambda text: text.replace("checksums 1", "checksums 2"), "expected format 'vllm-maxtext-checksums 1', found"),
+        (
+            lambda text: text.replace("checksums 1", "checksums 2"),
+            "expected format 'vllm-maxtext-checksums 1', found",
+        ),
         (lambda text: text.replace('"crc32c": "', '"crc32c": "12345678'), "checksums for"),
         (lambda text: text.replace('"crc32c": "', '"crc32c": "wxyz'), "is no checksum file"),
         (lambda text: text.replace('"chunks"', '"lumps"', 1), "is no checksum file"),
@@ -152,7 +171,8 @@ def test_file_that_is_none(sums: Path, damage: Callable[[str], str], says: str) 
     sums.write_text(damage(sums.read_text()))
     with pytest.raises(errors.OptionError, match=says) as raised:
         checksums.read(sums)
-    assert f"checksums {sums}: " in str(raised.value) and "vllm-maxtext checksum CKPT > FILE" in str(raised.value)
+    assert f"checksums {sums}: " in str(raised.value)
+    assert "vllm-maxtext checksum CKPT > FILE" in str(raised.value)
 
 
 def test_no_file(tmp_path: Path) -> None:

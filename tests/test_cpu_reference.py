@@ -28,7 +28,7 @@ if _SPEC is None or not _SPEC.submodule_search_locations:
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
-from vllm_maxtext_loader import cpu_reference  # noqa: E402
+from vllm_maxtext_loader import cpu_reference, plugin  # noqa: E402
 
 TPU_INFERENCE = Path(_SPEC.submodule_search_locations[0])
 
@@ -491,10 +491,10 @@ def test_memory_is_shared_by_the_devices(
 
 
 def test_environment_keeps_what_the_user_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in cpu_reference.environment():
+    for name in plugin.CPU_ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SKIP_JAX_PRECOMPILE", "0")
-    cpu_reference.prepare_environment()
+    plugin.prepare_cpu_environment()
     assert os.environ["SKIP_JAX_PRECOMPILE"] == "0"
     assert os.environ["TPU_SKIP_MDS_QUERY"] == "1"
 
@@ -577,7 +577,7 @@ def test_install_extends_the_platform(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_reference, "_installed", False)
     monkeypatch.setattr(cpu_reference, "requested_devices", lambda: 2)
     monkeypatch.setattr(cpu_reference, "replace_kernels", lambda: calls.append("ours"))
-    for name in cpu_reference.environment():
+    for name in plugin.CPU_ENVIRONMENT:
         monkeypatch.setenv(name, "")
     cpu_reference.install()
     cpu_reference.install()

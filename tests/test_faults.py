@@ -1,4 +1,6 @@
-"""What goes wrong between here and the array data: recovered with a word, or one clear error within the limit."""
+"""What goes wrong between here and the array data: recovered with a word, or one clear error within the
+limit.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,10 +18,10 @@ from pathlib import Path
 import gcs
 import pytest
 from conftest import FIXTURES
-from test_gcs import LOAD, pieces, without_database
+from damage import biggest, cut, flip, pieces, unprivileged, without_database
+from test_gcs import LOAD
 
 from vllm_maxtext_loader import errors, open_checkpoint
-from vllm_maxtext_loader.api import Checkpoint
 
 LIMIT = 2.0
 """Seconds without progress after which these tests let a load give up."""
@@ -30,7 +33,7 @@ NODE = r"read .*/items/(ocdbt.process_0/)?d/"
 
 
 class Remote:
-    """A run in the bucket, below a prefix of its own: requests of an earlier test may still be on their way."""
+    """A run in the bucket, below a prefix of its own: requests of earlier tests may be on their way."""
 
     def __init__(self, prefix: str) -> None:
         self.server, self.proxy = gcs.shared()
@@ -50,8 +53,7 @@ class Remote:
 @pytest.fixture
 def remote(tmp_path: Path) -> Iterator[Remote]:
     found = Remote(tmp_path.name)
-    variables = {"VLLM_MAXTEXT_TIMEOUT": str(LIMIT), "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "1"}
-    with gcs.environment(found.proxy.url, **variables):
+    with gcs.environment(found.proxy.url, VLLM_MAXTEXT_TIMEOUT=str(LIMIT)):
         yield found.upload(FIXTURES / "moe_v2/checkpoints")
     found.proxy.clear()
 
@@ -80,24 +82,43 @@ def refused(what: Callable[[], object], kind: type[Exception], *says: str) -> st
     message = str(raised.value)
     for part in says:
         assert re.search(part, message), f"{part!r} is not in {message}"
-    assert len(message) < 1200 and "\n" not in message
+    assert len(message) < 1200
+    assert "\n" not in message
     return message
 
 
 RECOVERS: dict[str, tuple[str, dict[str, object], str]] = {
     "503 when listing": ("list /", {"status": 503, "times": 3}, r"{url}: cannot list: HTTP 503"),
-    "429 when looking up": ("stat /0/items/_METADATA", {"status": 429, "times": 2}, r"/0/items/_METADATA: cannot look up"),
+    "429 when looking up": (
+        "stat /0/items/_METADATA",
+        {"status": 429, "times": 2},
+        r"/0/items/_METADATA: cannot look up",
+    ),
     "hang when listing": ("list /", {"hang": 60, "times": 1}, r"{url}: cannot list: .*timed out"),
-    "cut metadata": ("read /0/items/_METADATA", {"cut": 100, "times": 1}, r"_METADATA: cannot read: .*Incomplete"),
-    "500 for the manifest": ("read .*manifest", {"status": 500, "times": 3}, r"/0/items.*3 requests failed \(HTTP 500\)"),
+    "cut metadata": (
+        "read /0/items/_METADATA",
+        {"cut": 100, "times": 1},
+        r"_METADATA: cannot read: .*Incomplete",
+    ),
+    "500 for the manifest": (
+        "read .*manifest",
+        {"status": 500, "times": 3},
+        r"/0/items.*failed \(HTTP 500\)",
+    ),
     "503 burst for arrays": ("read .*process_0/d/", {"status": 503, "times": 20}, r"/0/items.*\(HTTP 503\)"),
-    "cut arrays": ("read .*process_0/d/", {"cut": 50, "times": 10}, r"/0/items.*\(connection broken or stalled\)"),
+    "cut arrays": (
+        "read .*process_0/d/",
+        {"cut": 50, "times": 10},
+        r"/0/items.*\(connection broken or stalled\)",
+    ),
     "array request hangs": ("read .*process_0/d/", {"hang": 60, "times": 1}, r"/0/items.*1 request failed"),
 }
 
 
 @pytest.mark.parametrize("name", list(RECOVERS))
-def test_passing_trouble_is_outlived_and_told(remote: Remote, log: pytest.LogCaptureFixture, name: str) -> None:
+def test_passing_trouble_is_outlived_and_told(
+    remote: Remote, log: pytest.LogCaptureFixture, name: str
+) -> None:
     match, what, says = RECOVERS[name]
     remote.fault(match, **what)
     assert load(remote.url) > 40
@@ -108,23 +129,46 @@ def test_passing_trouble_is_outlived_and_told(remote: Remote, log: pytest.LogCap
 
 STAYS: dict[str, tuple[str, dict[str, object], tuple[str, ...]]] = {
     "403 when listing": ("list /", {"status": 403}, ("cannot list {url}: HTTP 403", "storage.objects.list")),
-    "403 for metadata": ("read .*_METADATA", {"status": 403}, ("cannot read {url}/0/_CHECKPOINT_METADATA", "403")),
-    "403 for arrays": ("read .*/d/", {"status": 403}, ("cannot open leaf .* of {url}/0/items", "gcloud auth")),
+    "403 for metadata": (
+        "read .*_METADATA",
+        {"status": 403},
+        ("cannot read {url}/0/_CHECKPOINT_METADATA", "403"),
+    ),
+    "403 for arrays": (
+        "read .*/d/",
+        {"status": 403},
+        ("cannot open leaf .* of {url}/0/items", "gcloud auth"),
+    ),
     "401": ("list /", {"status": 401}, ("cannot list {url}", "GOOGLE_APPLICATION_CREDENTIALS")),
-    "503 for ever when listing": ("list /", {"status": 503}, ("cannot list {url}: HTTP 503", "try again later")),
+    "503 for ever when listing": (
+        "list /",
+        {"status": 503},
+        ("cannot list {url}: HTTP 503", "try again later"),
+    ),
     "503 for ever for arrays": (
         "read .*process_0/d/",
         {"status": 503},
         ("cannot read leaf params", "{url}/0/items", "HTTP 503", "try again later"),
     ),
     "hang when listing": ("list /", {"hang": 60}, ("cannot list {url}", "timed out", "VLLM_MAXTEXT_TIMEOUT")),
-    "manifest hangs": ("read .*manifest", {"hang": 60}, ("cannot open leaf", "nothing arrived for 2 s", "_TIMEOUT")),
+    "manifest hangs": (
+        "read .*manifest",
+        {"hang": 60},
+        ("cannot open leaf", "nothing arrived for 2 s", "_TIMEOUT"),
+    ),
     "arrays hang": (
         "read .*process_0/d/",
         {"hang": 60},
-        ("cannot read leaf params.* of {url}/0/items: timed out: nothing arrived for 2 s", "VLLM_MAXTEXT_TIMEOUT"),
+        (
+            "cannot read leaf params.* of {url}/0/items: timed out: nothing arrived for 2 s",
+            "VLLM_MAXTEXT_TIMEOUT",
+        ),
     ),
-    "always cut": ("read .*process_0/d/", {"cut": 50}, ("cannot read leaf params", "partial file", "check the network")),
+    "always cut": (
+        "read .*process_0/d/",
+        {"cut": 50},
+        ("cannot read leaf params", "partial file", "check the network"),
+    ),
     "always broken": ("read .*process_0/d/", {"hang": 0}, ("cannot read leaf params", "check the network")),
 }
 
@@ -133,7 +177,11 @@ STAYS: dict[str, tuple[str, dict[str, object], tuple[str, ...]]] = {
 def test_lasting_trouble_ends_in_one_error_in_time(remote: Remote, name: str) -> None:
     match, what, says = STAYS[name]
     remote.fault(match, **what)
-    refused(lambda: load(remote.url), errors.StorageError, *(part.format(url=re.escape(remote.url)) for part in says))
+    refused(
+        lambda: load(remote.url),
+        errors.StorageError,
+        *(part.format(url=re.escape(remote.url)) for part in says),
+    )
 
 
 def test_refused_connection(remote: Remote) -> None:
@@ -141,7 +189,9 @@ def test_refused_connection(remote: Remote) -> None:
     remote.proxy.refuse()
     try:
         network = ("[Cc]onnection refused|Could ?n.t connect", "check the network, then try again")
-        refused(lambda: open_checkpoint(remote.url), errors.StorageError, f"cannot list {remote.url}", *network)
+        refused(
+            lambda: open_checkpoint(remote.url), errors.StorageError, f"cannot list {remote.url}", *network
+        )
         refused(lambda: pieces(checkpoint), errors.StorageError, "cannot read leaf params", *network)
     finally:
         remote.proxy.listen()
@@ -150,24 +200,12 @@ def test_refused_connection(remote: Remote) -> None:
 
 def test_missing_bucket_and_missing_object(remote: Remote) -> None:
     kind = errors.CheckpointNotFoundError
-    refused(lambda: load("gs://missing-bucket/run"), kind, "gs://missing-bucket/run: there is no bucket missing-bucket")
+    refused(
+        lambda: load("gs://missing-bucket/run"),
+        kind,
+        "gs://missing-bucket/run: there is no bucket missing-bucket",
+    )
     refused(lambda: load(f"{remote.url}/nope"), kind, f"{remote.url}/nope: no such .* {remote.url} holds: 0")
-
-
-def biggest(directory: Path) -> Path:
-    """The largest file of array data."""
-    found = (path for path in directory.rglob("*") if path.is_file() and {"c", "d"} & set(path.parts))
-    return max(found, key=lambda path: path.stat().st_size)
-
-
-def flip(path: Path, at: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[at] ^= 0xFF
-    path.write_bytes(data)
-
-
-def cut(path: Path, size: int) -> None:
-    path.write_bytes(path.read_bytes()[:size])
 
 
 def node(items: Path) -> Path:
@@ -181,25 +219,70 @@ CORRUPT, READ = errors.CorruptMetadataError, errors.ReadError
 
 DAMAGE: dict[str, tuple[bool, Callable[[Path], object], type[Exception], tuple[str, ...]]] = {
     "missing data": (False, lambda items: biggest(items).unlink(), READ, ("cannot read leaf params", AGAIN)),
-    "truncated data": (False, lambda items: cut(biggest(items), 40), READ, ("cannot read leaf params", AGAIN)),
+    "truncated data": (
+        False,
+        lambda items: cut(biggest(items), 40),
+        READ,
+        ("cannot read leaf params", AGAIN),
+    ),
     "empty data": (False, lambda items: cut(biggest(items), 0), READ, ("cannot read leaf params", AGAIN)),
-    "missing manifest": (False, lambda items: (items / "manifest.ocdbt").unlink(), CORRUPT, ("does not exist", AGAIN)),
-    "truncated manifest": (False, lambda items: cut(items / "manifest.ocdbt", 20), CORRUPT, ("manifest.ocdbt", AGAIN)),
-    "corrupt manifest": (False, lambda items: flip(items / "manifest.ocdbt", 40), CORRUPT, ("manifest.ocdbt", AGAIN)),
+    "missing manifest": (
+        False,
+        lambda items: (items / "manifest.ocdbt").unlink(),
+        CORRUPT,
+        ("does not exist", AGAIN),
+    ),
+    "truncated manifest": (
+        False,
+        lambda items: cut(items / "manifest.ocdbt", 20),
+        CORRUPT,
+        ("manifest.ocdbt", AGAIN),
+    ),
+    "corrupt manifest": (
+        False,
+        lambda items: flip(items / "manifest.ocdbt", 40),
+        CORRUPT,
+        ("manifest.ocdbt", AGAIN),
+    ),
     "missing node": (False, lambda items: node(items).unlink(), CORRUPT, ("cannot open leaf", "/d/", AGAIN)),
     "corrupt node": (False, lambda items: flip(node(items), 500), CORRUPT, ("b-tree node", AGAIN)),
     "truncated node": (False, lambda items: cut(node(items), 500), CORRUPT, ("byte range", AGAIN)),
-    "missing chunk": (True, lambda items: shutil.rmtree(items / NORM / "c"), READ, (f"leaf {NORM} of", "is missing|size of 0")),
-    "truncated chunk": (True, lambda items: cut(biggest(items), 99), READ, ("cannot read leaf params", AGAIN)),
-    "missing leaf": (True, lambda items: shutil.rmtree(items / NORM), CORRUPT, (f"leaf {NORM} of", "does not exist")),
-    "damaged leaf metadata": (True, lambda items: cut(items / NORM / "zarr.json", 30), CORRUPT, (NORM, "Invalid JSON")),
+    "missing chunk": (
+        True,
+        lambda items: shutil.rmtree(items / NORM / "c"),
+        READ,
+        (f"leaf {NORM} of", "is missing|size of 0"),
+    ),
+    "truncated chunk": (
+        True,
+        lambda items: cut(biggest(items), 99),
+        READ,
+        ("cannot read leaf params", AGAIN),
+    ),
+    "missing leaf": (
+        True,
+        lambda items: shutil.rmtree(items / NORM),
+        CORRUPT,
+        (f"leaf {NORM} of", "does not exist"),
+    ),
+    "damaged leaf metadata": (
+        True,
+        lambda items: cut(items / NORM / "zarr.json", 30),
+        CORRUPT,
+        (NORM, "Invalid JSON"),
+    ),
     "leaf metadata of another kind": (
         True,
         lambda items: (items / NORM / "zarr.json").write_text('{"zarr_format": 2}'),
         CORRUPT,
         (NORM, AGAIN),
     ),
-    "truncated tree": (False, lambda items: cut(items / "_METADATA", 300), CORRUPT, ("_METADATA: is damaged", "opy the")),
+    "truncated tree": (
+        False,
+        lambda items: cut(items / "_METADATA", 300),
+        CORRUPT,
+        ("_METADATA: is damaged", "opy the"),
+    ),
 }
 
 
@@ -215,10 +298,13 @@ def test_damaged_checkpoint(remote: Remote, in_files: Path, tmp_path: Path, name
     damage(run / "0/items")
     remote.prefix, remote.url = f"{remote.prefix}-damaged", f"{remote.url}-damaged"
     refused(lambda: load(run), kind, str(run / "0/items"), *says)
-    refused(lambda: load(remote.upload(run).url), kind, f"{remote.url}/0/items", *says)
+    remote.upload(run)
+    refused(lambda: load(remote.url), kind, f"{remote.url}/0/items", *says)
 
 
-def test_chunks_that_were_never_stored_are_zero(in_files: Path, tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+def test_chunks_that_were_never_stored_are_zero(
+    in_files: Path, tmp_path: Path, log: pytest.LogCaptureFixture
+) -> None:
     """As Orbax reads them, where the tree says that chunks of zeros were left out."""
     run = shutil.copytree(in_files, tmp_path / "run")
     shutil.rmtree(run / "0/items" / NORM / "c")
@@ -254,27 +340,31 @@ def test_tree_deleted_after_it_was_found(remote: Remote) -> None:
 
 
 def test_unreadable_chunk_on_a_disk(in_files: Path) -> None:
-    from test_location import unprivileged
-
-    import tempfile
-
     with tempfile.TemporaryDirectory() as directory:
         os.chmod(directory, 0o755)
         run = Path(shutil.copytree(in_files, Path(directory) / "run"))
         os.chmod(biggest(run), 0)
         with unprivileged():
             refused(
-                lambda: load(run), errors.StorageError, "cannot read leaf params", "PERMISSION_DENIED", "readable for the user"
+                lambda: load(run),
+                errors.StorageError,
+                "cannot read leaf params",
+                "PERMISSION_DENIED",
+                "readable for the user",
             )
 
 
 def test_slow_network_is_no_fault(remote: Remote) -> None:
-    """A body that takes longer than the limit, but keeps coming: in a process where nothing was read before."""
+    """A body that takes longer than the limit, but keeps coming; in a process that has read nothing yet."""
     remote.fault("read .*/items/d/", rate=33000 / (2.5 * LIMIT), times=1)
-    variables = {"VLLM_MAXTEXT_TIMEOUT": str(LIMIT + 1), "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "1"}
+    variables = {"VLLM_MAXTEXT_TIMEOUT": str(LIMIT + 1)}
     started = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-c", LOAD, remote.url], env=os.environ | variables, capture_output=True, text=True, timeout=90
+        [sys.executable, "-c", LOAD, remote.url],
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        timeout=90,
     )
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - started > 2 * LIMIT

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import FIXTURES, cases
+from damage import without_database
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_gcs import without_database
 
 from vllm_maxtext_loader import MaxTextLoadError, checksums, open_checkpoint
 from vllm_maxtext_loader.api import Checkpoint
@@ -81,8 +81,22 @@ SHAPES = st.lists(SIZES, max_size=5).map(tuple)
 DTYPES = st.sampled_from([np.dtype(np.float32), np.dtype(np.float16)])
 PARTS = sorted(
     {part for rule in RULES for part in rule.leaf.split(".")}
-    | {part for container in CONTAINERS for part in container.pattern.replace("\\", "").split(".") if part.isidentifier()}
-    | {"layers_0", "layers_7", "layers_00", "layers_99999999999", "layer_3", "value", "scanned_blocks", "layers"}
+    | {
+        part
+        for container in CONTAINERS
+        for part in container.pattern.replace("\\", "").split(".")
+        if part.isidentifier()
+    }
+    | {
+        "layers_0",
+        "layers_7",
+        "layers_00",
+        "layers_99999999999",
+        "layer_3",
+        "value",
+        "scanned_blocks",
+        "layers",
+    }
     | {"Gemma4DecoderLayerToLinen_1", "vision_encoder", "Gemma4VisionEncoderLayer_0", *ANCHOR}
 )
 PART = st.one_of(st.sampled_from(PARTS), st.text(min_size=1, max_size=6))
@@ -110,7 +124,11 @@ def changed(draw: st.DrawFn, original: list[Leaf]) -> list[Leaf]:
         at = draw(st.integers(0, len(leaves) - 1))
         leaf = leaves[at]
         path, shape = list(leaf.path), list(leaf.shape)
-        match draw(st.sampled_from(["drop", "rename", "copy", "resize", "swap", "grow", "shrink", "dtype", "add", "many"])):
+        match draw(
+            st.sampled_from(
+                ["drop", "rename", "copy", "resize", "swap", "grow", "shrink", "dtype", "add", "many"]
+            )
+        ):
             case "drop":
                 leaves.pop(at)
                 continue
@@ -137,7 +155,9 @@ def changed(draw: st.DrawFn, original: list[Leaf]) -> list[Leaf]:
                 keep = draw(st.integers(0, len(leaves)))
                 del leaves[:keep]
                 continue
-        leaves[at] = dataclasses.replace(leaf, key=".".join(path), path=tuple(path), shape=tuple(shape), chunks=tuple(shape))
+        leaves[at] = dataclasses.replace(
+            leaf, key=".".join(path), path=tuple(path), shape=tuple(shape), chunks=tuple(shape)
+        )
     return leaves
 
 
@@ -158,17 +178,19 @@ def check_plan(plan: Plan) -> None:
     assert all(target.leaves and set(target.leaves) <= read for target in plan.targets.values())
     assert {name for name, _ in plan.dims.hf_shapes()} == plan.targets.keys()
     assert all(write.target in plan.targets for entry in plan.leaves for write in entry.writes)
-    assert plan.nbytes > 0 and all(target.nbytes > 0 for target in plan.targets.values())
+    assert plan.nbytes > 0
+    assert all(target.nbytes > 0 for target in plan.targets.values())
 
 
 def plan_of(tree: Tree, leaves: list[Leaf], wanted: Dims | None) -> Plan | None:
     named = {leaf.name: leaf for leaf in leaves if 0 not in leaf.shape}
+    message, plan = str(tree.location.items), None
     try:
         plan = make_plan(dataclasses.replace(tree, leaves=named, arrays={}), wanted)
+        check_plan(plan)
     except MaxTextLoadError as error:
-        assert str(tree.location.items) in str(error)
-        return None
-    check_plan(plan)
+        message = str(error)
+    assert str(tree.location.items) in message
     return plan
 
 
@@ -185,7 +207,9 @@ def test_changed_trees(trees: list[Tree]) -> None:
             plan = plan_of(trees[at], leaves, dims)
             if plan is not None and dims is None:
                 with contextlib.suppress(MaxTextLoadError):
-                    Checkpoint(trees[at], plan, data.draw(st.sampled_from([None, "gemma4-26b", "x"])), 1 << 30, True).hf_config()
+                    Checkpoint(
+                        trees[at], plan, data.draw(st.sampled_from([None, "gemma4-26b", "x"])), 1 << 30, True
+                    ).hf_config()
 
     run()
 
@@ -201,8 +225,12 @@ def test_invented_trees(trees: list[Tree]) -> None:
 
 
 JSON = st.recursive(
-    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.sampled_from(PARTS)),
-    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=5), inner, max_size=3)),
+    st.one_of(
+        st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.sampled_from(PARTS)
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
     max_leaves=5,
 )
 
@@ -281,9 +309,7 @@ def test_damaged_files(tmp_path: Path) -> None:
     @given(st.data())
     def run(data: st.DataObject) -> None:
         path = data.draw(
-            st.one_of(
-                st.just(items / "_METADATA"), st.sampled_from([step / "_CHECKPOINT_METADATA", *leaves])
-            )
+            st.one_of(st.just(items / "_METADATA"), st.sampled_from([step / "_CHECKPOINT_METADATA", *leaves]))
         )
         before = path.read_bytes()
         kind = data.draw(st.integers(0, 7))
@@ -319,12 +345,29 @@ def test_damaged_database(tmp_path: Path) -> None:
 
 NAMES = st.one_of(
     st.sampled_from(
-        ["0", "7", "007", "10", "99999999999999999999", "step_3", "3_", "items", "items.orbax-checkpoint-tmp-1", "default"]
+        [
+            "0",
+            "7",
+            "007",
+            "10",
+            "99999999999999999999",
+            "step_3",
+            "3_",
+            "items",
+            "items.orbax-checkpoint-tmp-1",
+            "default",
+        ]
     ),
-    st.sampled_from(["7.orbax-checkpoint-tmp-12", "checkpoints", "model_params", "optimizer_state", "\u0663", "a b", "-"]),
-    st.sampled_from(["_METADATA", "_CHECKPOINT_METADATA", "commit_success.txt", "manifest.ocdbt", "orbax.checkpoint"]),
+    st.sampled_from(
+        ["7.orbax-checkpoint-tmp-12", "checkpoints", "model_params", "optimizer_state", "\u0663", "a b", "-"]
+    ),
+    st.sampled_from(
+        ["_METADATA", "_CHECKPOINT_METADATA", "commit_success.txt", "manifest.ocdbt", "orbax.checkpoint"]
+    ),
 )
-CONTENTS = st.sampled_from([b"", b"{}", b"[]", b'{"commit_timestamp_nsecs": null}', b'{"custom_metadata": 3}', b"\xff"])
+CONTENTS = st.sampled_from(
+    [b"", b"{}", b"[]", b'{"commit_timestamp_nsecs": null}', b'{"custom_metadata": 3}', b"\xff"]
+)
 DIRECTORIES = st.recursive(
     st.dictionaries(NAMES, CONTENTS, max_size=4),
     lambda inner: st.dictionaries(NAMES, st.one_of(inner, CONTENTS), max_size=4),
@@ -347,15 +390,17 @@ def test_random_directories(tmp_path: Path) -> None:
     @given(DIRECTORIES, st.one_of(st.none(), st.sampled_from([0, 3, 7, 10, 10**20])))
     def run(content: dict[str, Any], step: int | None) -> None:
         make(tmp_path / "run", content)
+        message = str(tmp_path / "run")
         try:
             with bounded():
                 found = locate(tmp_path / "run", step)
             assert (Path(found.items.url) / "_METADATA").exists()
             assert step is None or found.step == step
         except MaxTextLoadError as error:
-            assert str(tmp_path / "run") in str(error)
+            message = str(error)
         finally:
             shutil.rmtree(tmp_path / "run")
+        assert str(tmp_path / "run") in message
 
     run()
 
@@ -366,13 +411,21 @@ def test_damaged_checksum_file(tmp_path: Path) -> None:
     good = json.loads(checksums.dumps(sums, "gs://bucket/run"))
     piece = Piece(leaf, (slice(0, 4), slice(0, 6)), np.zeros((4, 6), np.float32), last=True)
 
+    def use() -> None:
+        verifier = checksums.Verifier(tmp_path / "sums", "gs://bucket/run")
+        verifier.expect([leaf])
+        verifier.check(piece)
+
     @fuzz(0.05)
-    @given(st.one_of(damaged_json(good).map(lambda value: json.dumps(value).encode()), damaged_bytes(json.dumps(good).encode())))
+    @given(
+        st.one_of(
+            damaged_json(good).map(lambda value: json.dumps(value).encode()),
+            damaged_bytes(json.dumps(good).encode()),
+        )
+    )
     def run(data: bytes) -> None:
         (tmp_path / "sums").write_bytes(data)
         with bounded(), pytest.raises(MaxTextLoadError):
-            verifier = checksums.Verifier(tmp_path / "sums", "gs://bucket/run")
-            verifier.expect([leaf])
-            verifier.check(piece)
+            use()
 
     run()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -15,29 +16,13 @@ from pathlib import Path
 import gcs
 import numpy as np
 import pytest
-import tensorstore as ts
 from conftest import FIXTURES, cases
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
+from damage import pieces, without_database
 
 from vllm_maxtext_loader import open_checkpoint
 from vllm_maxtext_loader.api import Checkpoint
-from vllm_maxtext_loader.checkpoint.reader import Piece, read_pieces
-
-
-def without_database(source: Path, target: Path) -> Path:
-    """A copy of a run whose arrays lie in a directory each: the content of the OCDBT database as plain files."""
-    ignored = shutil.ignore_patterns("d", "ocdbt.process_*", "manifest.ocdbt", "array_metadatas", "_sharding")
-    shutil.copytree(source, target, ignore=ignored)
-    for items in source.glob("*/items"):
-        store = ts.KvStore.open({"driver": "ocdbt", "base": f"file://{items}/"}).result()
-        for key in store.list().result():
-            path = target / items.relative_to(source) / key.decode()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(store.read(key).result().value)
-        metadata = target / items.relative_to(source) / "_METADATA"
-        metadata.write_text(json.dumps(json.loads(metadata.read_text()) | {"use_ocdbt": False}))
-    return target
 
 
 @pytest.fixture(scope="module", params=["moe_v2", "moe_v1", "moe_v2 in files", "moe_v1 in files"])
@@ -63,11 +48,6 @@ def proxy() -> Iterator[gcs.Proxy]:
         yield proxy
 
 
-def pieces(checkpoint: Checkpoint) -> list[Piece]:
-    tree = checkpoint.tree
-    return list(read_pieces(tree.leaves.values(), tree.arrays, checkpoint.concurrent_bytes, checkpoint.plan.where))
-
-
 def with_config(checkpoint: Checkpoint, case: str) -> Checkpoint:
     """As vLLM opens it: with a Hugging Face configuration."""
     import transformers
@@ -87,7 +67,9 @@ def test_same_tensors_and_nothing_twice(run: tuple[str, Path], proxy: gcs.Proxy)
     small = [request.name.rsplit("/", 1)[-1] for request in proxy.reads()]
     if tree.ocdbt:
         nodes = [name for name in small if len(name) == 32]
-        assert Counter(small) - Counter(nodes) == Counter(["_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt"])
+        assert Counter(small) - Counter(nodes) == Counter(
+            ["_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt"]
+        )
         assert len(nodes) <= 3, "the database's B-tree, not one object per array"
     else:
         assert Counter(small)[".zarray"] + Counter(small)["zarr.json"] == arrays
@@ -147,19 +129,26 @@ print(len(list(read_pieces(tree.leaves.values(), tree.arrays, 1 << 28, sys.argv[
 
 
 def load_elsewhere(url: str, proxy: gcs.Proxy, **variables: str) -> subprocess.CompletedProcess[str]:
-    """A load in a process of its own, where Google's client finds credentials as it would outside of tests."""
+    """A load in a process of its own: Google's client finds credentials as it would outside of tests."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("GOOGLE_", "STORAGE_"))}
     # An endpoint, unlike an emulator, is given credentials.
     kept |= {"API_ENDPOINT_OVERRIDE": proxy.url, "TENSORSTORE_GCS_HTTP_URL": proxy.url, **variables}
-    return subprocess.run([sys.executable, "-c", LOAD, url], env=kept, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-c", LOAD, url], env=kept, capture_output=True, text=True, timeout=120
+    )
 
 
 def test_public_bucket_without_credentials(proxy: gcs.Proxy, tmp_path: Path) -> None:
     gcs.shared()[0].upload(FIXTURES / "dense_v2/checkpoints", gcs.BUCKET, "public/")
-    home = {"HOME": str(tmp_path), "CLOUDSDK_CONFIG": str(tmp_path), "GCE_METADATA_ROOT": f"127.0.0.1:{gcs.free_port()}"}
+    home = {
+        "HOME": str(tmp_path),
+        "CLOUDSDK_CONFIG": str(tmp_path),
+        "GCE_METADATA_ROOT": f"127.0.0.1:{gcs.free_port()}",
+    }
     done = load_elsewhere(f"gs://{gcs.BUCKET}/public", proxy, **home)
     assert done.returncode == 0, done.stderr
-    assert proxy.counts()["read"] > 3 and not any(request.authorization for request in proxy.requests)
+    assert proxy.counts()["read"] > 3
+    assert not any(request.authorization for request in proxy.requests)
 
 
 def test_service_account_and_no_secret_in_logs(proxy: gcs.Proxy, tmp_path: Path) -> None:
@@ -167,7 +156,11 @@ def test_service_account_and_no_secret_in_logs(proxy: gcs.Proxy, tmp_path: Path)
     pem = rsa.generate_private_key(65537, 2048).private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
-    key = {"type": "service_account", "client_email": "a@b.iam.gserviceaccount.com", "private_key": pem.decode()}
+    key = {
+        "type": "service_account",
+        "client_email": "a@b.iam.gserviceaccount.com",
+        "private_key": pem.decode(),
+    }
     (tmp_path / "key.json").write_text(json.dumps(key | {"token_uri": f"{proxy.url}/token"}))
     token = {"access_token": "ya29.SECRET", "expires_in": 3600, "token_type": "Bearer"}
     proxy.faults = [
@@ -183,10 +176,12 @@ def test_service_account_and_no_secret_in_logs(proxy: gcs.Proxy, tmp_path: Path)
     )
     assert done.returncode == 0, done.stderr
     asked = [request for request in proxy.requests if request.kind != "other"]
-    assert len(asked) > 6 and {request.authorization for request in asked} == {"Bearer ya29.SECRET"}
+    assert len(asked) > 6
+    assert {request.authorization for request in asked} == {"Bearer ya29.SECRET"}
     said = done.stdout + done.stderr
     assert "private/0/items/_METADATA: cannot read: HTTP 503" in said
-    assert "SECRET" not in said and pem.decode().splitlines()[1] not in said
+    assert "SECRET" not in said
+    assert pem.decode().splitlines()[1] not in said
 
 
 def assert_once(proxy: gcs.Proxy) -> None:
@@ -197,5 +192,5 @@ def assert_once(proxy: gcs.Proxy) -> None:
         ranges[request.name].append((int(start or 0), int(end) if end else math.inf))
     for name, spans in ranges.items():
         spans.sort()
-        for (_, end), (start, _) in zip(spans, spans[1:], strict=False):
+        for (_, end), (start, _) in itertools.pairwise(spans):
             assert start > end, f"{name}: {spans}"

@@ -1,8 +1,7 @@
-"""From what a user types to the committed item: on a disk and in a bucket, held against Orbax's own verdict."""
+"""From what a user types to the committed item: on a disk and in a bucket, held against Orbax's verdict."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -14,10 +13,17 @@ from pathlib import Path
 import gcs
 import pytest
 from conftest import FIXTURES
+from damage import unprivileged
 
 from vllm_maxtext_loader import errors
 from vllm_maxtext_loader.checkpoint.limits import no_progress_seconds, redact
-from vllm_maxtext_loader.checkpoint.location import COMMIT_FILE, STEP_METADATA, TMP_MARK, TREE_METADATA, locate
+from vllm_maxtext_loader.checkpoint.location import (
+    COMMIT_FILE,
+    STEP_METADATA,
+    TMP_MARK,
+    TREE_METADATA,
+    locate,
+)
 from vllm_maxtext_loader.checkpoint.storage import Location
 
 CASE = "moe_v2"
@@ -94,7 +100,9 @@ def test_step_that_is_not_there(place: Place) -> None:
     place.step("12")
     with pytest.raises(errors.StepNotFoundError, match=r"run: has no step 4\. Steps: 3, 12\."):
         locate(place.url("run"), 4)
-    with pytest.raises(errors.StepNotFoundError, match=r"step 4 is wanted, but the path names step 12\. Give the run"):
+    with pytest.raises(
+        errors.StepNotFoundError, match=r"step 4 is wanted, but the path names step 12\. Give the run"
+    ):
         locate(place.url("run", "12", "items"), 4)
     shutil.copytree(place.root / "run/3/items", place.root / "bare")
     if place.is_remote:
@@ -116,25 +124,36 @@ def test_newest_step_without_commit_file_is_skipped_in_a_bucket(
         return
     with caplog.at_level(logging.WARNING):
         assert locate(place.url("run")).step == 1
-    assert "Skipped newer steps" in caplog.text and "run/2: commit_success.txt is missing" in caplog.text
+    assert "Skipped newer steps" in caplog.text
+    assert "run/2: commit_success.txt is missing" in caplog.text
     for named in (place.url("run", "2"), place.url("run", "2", "items")):
         with pytest.raises(errors.UncommittedCheckpointError) as raised:
             locate(named)
-        assert_says(raised.value, "run/2: commit_success.txt is missing", "wait for it", '{"step": N}', "copied here")
-    with pytest.raises(errors.UncommittedCheckpointError, match="run/2: commit_success.txt is missing"):
+        assert_says(
+            raised.value, "run/2: commit_success.txt is missing", "wait for it", '{"step": N}', "copied here"
+        )
+    with pytest.raises(errors.UncommittedCheckpointError, match=r"run/2: commit_success.txt is missing"):
         locate(place.url("run"), 2)
 
 
 def test_copy_of_an_uncommitted_step_of_a_bucket(place: Place) -> None:
     (place.step("2") / COMMIT_FILE).unlink()
-    with pytest.raises(errors.UncommittedCheckpointError, match="no step is committed: .*run/2: commit_success"):
+    with pytest.raises(
+        errors.UncommittedCheckpointError, match=r"no step is committed: .*run/2: commit_success"
+    ):
         locate(place.url("run"))
 
 
 def test_step_without_commit_time(place: Place) -> None:
     set_commit_time(place.step("2"), None)
-    for named, step in ((place.url("run", "2"), None), (place.url("run", "2", "items"), None), (place.url("run"), 2)):
-        with pytest.raises(errors.UncommittedCheckpointError, match="run/2: _CHECKPOINT_METADATA has no commit time"):
+    for named, step in (
+        (place.url("run", "2"), None),
+        (place.url("run", "2", "items"), None),
+        (place.url("run"), 2),
+    ):
+        with pytest.raises(
+            errors.UncommittedCheckpointError, match="run/2: _CHECKPOINT_METADATA has no commit time"
+        ):
             locate(named, step)
     place.step("1")
     assert locate(place.url("run")).step == 1
@@ -164,24 +183,32 @@ def test_step_that_is_being_written_to_a_bucket(place: Place) -> None:
     shutil.rmtree(step / "items")
     if place.is_remote:
         (step / COMMIT_FILE).unlink()
-        with pytest.raises(errors.UncommittedCheckpointError, match="run/2: holds no finished item: never committed"):
+        with pytest.raises(
+            errors.UncommittedCheckpointError, match="run/2: holds no finished item: never committed"
+        ):
             locate(place.url("run", "2"))
     else:
-        with pytest.raises(errors.CorruptMetadataError, match="run/2: Orbax finished it, but no item in it has"):
+        with pytest.raises(
+            errors.CorruptMetadataError, match="run/2: Orbax finished it, but no item in it has"
+        ):
             locate(place.url("run", "2"))
 
 
 def test_finished_step_without_tree_is_not_passed_over(place: Place) -> None:
     place.step("1")
     (place.step("2") / "items" / TREE_METADATA).unlink()
-    with pytest.raises(errors.CorruptMetadataError, match=r"run/2: Orbax finished it, but no item in it has a _METADATA"):
+    with pytest.raises(
+        errors.CorruptMetadataError, match=r"run/2: Orbax finished it, but no item in it has a _METADATA"
+    ):
         locate(place.url("run"))
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "nul", '{"a": ' * 100_000, "\xff"])
 def test_damaged_step_metadata(place: Place, content: str) -> None:
     (place.step("1") / STEP_METADATA).write_bytes(content.encode("latin-1"))
-    with pytest.raises(errors.CorruptMetadataError, match=r"run/1/_CHECKPOINT_METADATA: is not (valid JSON|a JSON)"):
+    with pytest.raises(
+        errors.CorruptMetadataError, match=r"run/1/_CHECKPOINT_METADATA: is not (valid JSON|a JSON)"
+    ):
         locate(place.url("run"))
 
 
@@ -189,13 +216,17 @@ def test_what_is_no_checkpoint(place: Place) -> None:
     place.step("0", parent="experiment/checkpoints")
     (place.root / "model").mkdir()
     (place.root / "model/config.json").write_text("{}")
-    with pytest.raises(errors.NotACheckpointError, match=r"its checkpoints are in .*experiment/checkpoints\."):
+    with pytest.raises(
+        errors.NotACheckpointError, match=r"its checkpoints are in .*experiment/checkpoints\."
+    ):
         locate(place.url("experiment"))
     with pytest.raises(errors.NotACheckpointError, match=r"is no Orbax checkpoint: .* Found: config.json"):
         locate(place.url("model"))
     with pytest.raises(errors.NotACheckpointError, match=r"config.json: is a file; expected a directory"):
         locate(place.url("model", "config.json"))
-    with pytest.raises(errors.CheckpointNotFoundError, match=r"mode: no such checkpoint directory\. .* holds: .*model"):
+    with pytest.raises(
+        errors.CheckpointNotFoundError, match=r"mode: no such checkpoint directory\. .* holds: .*model"
+    ):
         locate(place.url("mode"))
 
 
@@ -203,11 +234,15 @@ def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(errors.NotACheckpointError, match="the directory is empty"):
         locate(tmp_path)
     (tmp_path / "link").symlink_to(tmp_path / "gone")
-    with pytest.raises(errors.CheckpointNotFoundError, match="link: is a symbolic link to .*gone, which does not exist"):
+    with pytest.raises(
+        errors.CheckpointNotFoundError, match=r"link: is a symbolic link to .*gone, which does not exist"
+    ):
         locate(tmp_path / "link")
     proxy = gcs.shared()[1]
     with gcs.environment(proxy.url):
-        with pytest.raises(errors.CheckpointNotFoundError, match="there is no bucket no-such-bucket.*Check the bucket"):
+        with pytest.raises(
+            errors.CheckpointNotFoundError, match=r"there is no bucket no-such-bucket.*Check the bucket"
+        ):
             locate("gs://no-such-bucket/run")
         with pytest.raises(errors.StorageError, match="gs://-x/run: Bucket names must"):
             locate("gs://-x/run")
@@ -222,13 +257,17 @@ def test_nothing_there(tmp_path: Path) -> None:
         ("s3://bucket/run", "scheme s3:// is not supported"),
         ("a\0b", "is no path"),
         (b"/tmp/\xff\xfe", "is no path"),
-        ("https://user:secret@host/x?X-Goog-Signature=abc&X-Goog-Credential=me", "scheme https:// is not supported"),
+        (
+            "https://user:secret@host/x?X-Goog-Signature=abc&X-Goog-Credential=me",
+            "scheme https:// is not supported",
+        ),
     ],
 )
 def test_what_is_no_path(path: str | bytes, says: str) -> None:
     with pytest.raises(errors.CheckpointNotFoundError, match=says) as raised:
         locate(path)  # type: ignore[arg-type]
-    assert "secret" not in str(raised.value) and "abc" not in str(raised.value)
+    assert "secret" not in str(raised.value)
+    assert "abc" not in str(raised.value)
 
 
 def test_forms_of_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,20 +282,9 @@ def test_forms_of_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert Location.parse("gcs://bucket//a/").url == "gs://bucket/a"
 
 
-@contextlib.contextmanager
-def unprivileged() -> Iterator[None]:
-    """As a user who may not read everything; root may."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-
-
-@pytest.mark.parametrize("closed", ["", "checkpoints/0", "checkpoints/0/_CHECKPOINT_METADATA", "checkpoints/0/items"])
+@pytest.mark.parametrize(
+    "closed", ["", "checkpoints/0", "checkpoints/0/_CHECKPOINT_METADATA", "checkpoints/0/items"]
+)
 def test_permission_denied(closed: str) -> None:
     with tempfile.TemporaryDirectory() as directory:
         root = Path(shutil.copytree(FIXTURES / CASE, Path(directory) / "case"))
@@ -366,7 +394,9 @@ def test_step_deleted_while_steps_are_looked_at(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", ["0", "-1", "soon", "nan", "inf"])
 def test_time_limit_must_be_a_number(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("VLLM_MAXTEXT_TIMEOUT", value)
-    with pytest.raises(errors.StorageError, match=f"VLLM_MAXTEXT_TIMEOUT must be a number of seconds > 0, found '{value}'"):
+    with pytest.raises(
+        errors.StorageError, match=f"VLLM_MAXTEXT_TIMEOUT must be a number of seconds > 0, found '{value}'"
+    ):
         no_progress_seconds()
 
 
@@ -375,6 +405,8 @@ def test_time_limit_must_be_a_number(monkeypatch: pytest.MonkeyPatch, value: str
     [
         "https://storage.googleapis.com/b/o?X-Goog-Signature=SECRET&X-Goog-Credential=SECRET%2F2026",
         "https://storage.googleapis.com/b/o?GoogleAccessId=SECRET&Expires=1&Signature=SECRET",
+        "https://storage.googleapis.com/storage/v1/b?alt=json&key=SECRET",
+        "grant_type=x&refresh_token=SECRET&client_secret=SECRET",
         "Authorization: Bearer SECRET.x-y_z",
         "token ya29.SECRET_abc-def",
         '{"refresh_token": "SECRET", "client_secret": "SECRET"}',
@@ -384,6 +416,21 @@ def test_time_limit_must_be_a_number(monkeypatch: pytest.MonkeyPatch, value: str
 )
 def test_credentials_are_left_out(text: str) -> None:
     assert "SECRET" not in redact(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["leaf self_attention.key: 3 requests failed", "token_embedder.embedding", "gs://bucket/key=1/items"]
+)
+def test_names_of_leaves_are_no_credentials(text: str) -> None:
+    assert redact(text) == text
+
+
+def test_credentials_file_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "key.json"))
+    with pytest.raises(errors.StorageError) as raised:
+        locate("gs://some-bucket/run")
+    assert_says(raised.value, "cannot list gs://some-bucket/run", "key.json", "gcloud auth")
 
 
 def assert_says(error: Exception, *parts: str) -> None:

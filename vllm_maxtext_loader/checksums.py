@@ -1,8 +1,9 @@
 """Checksums of a checkpoint's array data, which Orbax does not store: made once, compared while loading.
 
-A flipped bit in array data is read without complaint, or decodes into other numbers. `compute` takes a CRC-32C of every
-stored chunk's decoded bytes; `Verifier` compares them with what a load reads anyway, so nothing is read twice. A chunk
-is the unit because reads are cut along chunks, however large the read budget is.
+A flipped bit in array data is read without complaint, or decodes into other numbers. `compute` takes a
+CRC-32C of every stored chunk's decoded bytes; `Verifier` compares them with what a load reads anyway, so
+nothing is read twice. A chunk is the unit because reads are cut along chunks, however large the read budget
+is.
 """
 
 from __future__ import annotations
@@ -61,13 +62,16 @@ def compute(checkpoint: Checkpoint, on_piece: Callable[[Piece], None] | None = N
     """
     leaves = list(checkpoint.tree.leaves.values())
     found = {leaf.key: [0] * math.prod(_grid(leaf)) for leaf in leaves}
-    for piece in read_pieces(leaves, checkpoint.tree.arrays, checkpoint.concurrent_bytes, checkpoint.plan.where):
+    for piece in read_pieces(
+        leaves, checkpoint.tree.arrays, checkpoint.concurrent_bytes, checkpoint.plan.where
+    ):
         for index, _, value in _chunks(piece):
             found[piece.leaf.key][index] = value
         if on_piece is not None:
             on_piece(piece)
     return {
-        leaf.key: LeafSums(leaf.shape, leaf.dtype.name, leaf.chunks, tuple(found[leaf.key])) for leaf in leaves
+        leaf.key: LeafSums(leaf.shape, leaf.dtype.name, leaf.chunks, tuple(found[leaf.key]))
+        for leaf in leaves
     }
 
 
@@ -99,14 +103,20 @@ def read(path: str | os.PathLike[str]) -> dict[str, LeafSums]:
     try:
         parsed = json.loads(Path(path).read_bytes())
         if parsed["format"] != FORMAT:
-            raise OptionError(f"checksums {path}: expected format {FORMAT!r}, found {parsed['format']!r}. {_AGAIN}")
+            raise OptionError(
+                f"checksums {path}: expected format {FORMAT!r}, found {parsed['format']!r}. {_AGAIN}"
+            )
         return {str(key): _leaf_sums(entry) for key, entry in parsed["leaves"].items()}
     except OptionError:
         raise
     except OSError as error:
-        raise OptionError(f"checksums {path}: cannot be read ({error.strerror or error}). {_AGAIN}") from error
+        raise OptionError(
+            f"checksums {path}: cannot be read ({error.strerror or error}). {_AGAIN}"
+        ) from error
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-        raise OptionError(f"checksums {path}: is no checksum file ({type(error).__name__}: {error}). {_AGAIN}") from error
+        raise OptionError(
+            f"checksums {path}: is no checksum file ({type(error).__name__}: {error}). {_AGAIN}"
+        ) from error
 
 
 class Verifier:
@@ -134,11 +144,13 @@ class Verifier:
         for leaf in leaves:
             sums = self.sums.get(leaf.key)
             actual = f"{leaf.dtype.name} {list(leaf.shape)} in chunks of {list(leaf.chunks)}"
-            stated = f"{sums.dtype} {list(sums.shape)} in chunks of {list(sums.chunks)}" if sums else "not there"
+            stated = (
+                f"{sums.dtype} {list(sums.shape)} in chunks of {list(sums.chunks)}" if sums else "not there"
+            )
             if actual != stated:
                 raise OptionError(
-                    f"checksums {self.path}: were made from another checkpoint than {self.where}: leaf {leaf.key} is "
-                    f"{actual}, in the file {stated}. {_AGAIN}"
+                    f"checksums {self.path}: were made from another checkpoint than {self.where}: leaf "
+                    f"{leaf.key} is {actual}, in the file {stated}. {_AGAIN}"
                 )
 
     def check(self, piece: Piece) -> None:
@@ -151,9 +163,9 @@ class Verifier:
         for index, chunk, value in _chunks(piece):
             if value != sums.crc32c[index]:
                 raise ReadError(
-                    f"{self.where}: leaf {piece.leaf.key}, chunk {list(chunk)}: CRC-32C is {value:08x}, expected "
-                    f"{sums.crc32c[index]:08x} ({self.path}): the data has changed since the checksums were made. Copy "
-                    f"the checkpoint again, or choose another step."
+                    f"{self.where}: leaf {piece.leaf.key}, chunk {list(chunk)}: CRC-32C is {value:08x}, "
+                    f"expected {sums.crc32c[index]:08x} ({self.path}): the data has changed since the "
+                    "checksums were made. Copy the checkpoint again, or choose another step."
                 )
 
     def watch(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
@@ -174,7 +186,8 @@ def _chunks(piece: Piece) -> Iterator[tuple[int, tuple[int, ...], int]]:
     # As integers: bfloat16 is unknown to the buffer protocol.
     bits = piece.array.view(f"u{piece.array.dtype.itemsize}")
     ranges = [
-        range(part.start // step, math.ceil(part.stop / step)) for part, step in zip(piece.box, leaf.chunks, strict=True)
+        range(part.start // step, math.ceil(part.stop / step))
+        for part, step in zip(piece.box, leaf.chunks, strict=True)
     ]
     for chunk in itertools.product(*ranges):
         inside = tuple(

@@ -59,30 +59,6 @@ _replaced = False
 # ----------------------------------------------------------------------------
 
 
-def environment() -> dict[str, str]:
-    """Defaults for the environment variables that spare tpu-inference a search for a TPU.
-
-    None of them is read by `import jax`. tpu-inference reads the TPU_* ones when it is imported and asks
-    Google's metadata server for those that are missing (tpu_info.py), which only costs time and logs
-    errors; SKIP_JAX_PRECOMPILE is read when the engine warms up (worker/tpu_worker.py,
-    runner/compilation_manager.py) and would compile every padded batch size, minutes of work for shapes a
-    test never reaches.
-    """
-    return {
-        "TPU_ACCELERATOR_TYPE": "v6e-1",
-        "TPU_NAME": "cpu",
-        "TPU_WORKER_ID": "0",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "SKIP_JAX_PRECOMPILE": "1",
-    }
-
-
-def prepare_environment() -> None:
-    """Set the variables of `environment()` that the user has not set. Child processes inherit them."""
-    for name, value in environment().items():
-        os.environ.setdefault(name, value)
-
-
 def requested_devices() -> int:
     """Number of CPU devices jax will make (or has made), read without starting its backend.
 
@@ -773,7 +749,7 @@ def install() -> None:
         return
     _require_cpu()
     _require_tpu_inference()
-    prepare_environment()
+    prepare_cpu_environment()
     platform = importlib.import_module("tpu_inference.platforms.tpu_platform").TpuPlatform
     _extend(platform, "check_and_update_config", _check_device_count)
     # vLLM's hook for platforms that bring fallbacks for kernels: called in the worker's process, just before

@@ -49,9 +49,14 @@ def register() -> None:
     wrapt.register_post_import_hook(_on_model_loader, "vllm.model_executor.model_loader")
     wrapt.register_post_import_hook(_on_tpu_model_loader, "tpu_inference.models.common.model_loader")
     if jax_on_cpu():
-        for name, value in CPU_ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
+        prepare_cpu_environment()
         wrapt.register_post_import_hook(_on_tpu_platform, "tpu_inference.platforms.tpu_platform")
+
+
+def prepare_cpu_environment() -> None:
+    """Sets the variables of `CPU_ENVIRONMENT` that the user has not set; child processes inherit them."""
+    for name, value in CPU_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
 
 
 def jax_on_cpu() -> bool:

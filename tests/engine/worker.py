@@ -5,7 +5,7 @@ one process starts many engines, one after the other. The tests run this file an
 
     python worker.py JOBS.json ANSWERS.json
 
-A job: {"name", "model", "arguments": {…}, "environment": {…}, "prompts": [[token ids]], "keep_state": bool, "compare": name,
+A job: {"name", "model", "arguments": {…}, "environment": {…}, "prompts": [[token ids]], "vocab_size": n, "keep_state": bool, "compare": name,
 "folded": bool, "forget": name}. `compare` is an earlier job whose state was kept, until a job says `forget`.
 """
 
@@ -126,9 +126,7 @@ def run(job: dict[str, Any], kept: dict[str, Any]) -> dict[str, Any]:
             answer["explained"] = sorted(set(found) & set(good))
             answer["placed_elsewhere"] = sorted(k for k in placement if placement[k] != other_placement.get(k))
         if "prompts" in job:
-            parameters = SamplingParams(
-                max_tokens=job.get("max_tokens", 1), temperature=0, logprobs=-1, detokenize=False
-            )
+            parameters = SamplingParams(max_tokens=1, temperature=0, logprobs=job["vocab_size"], detokenize=False)
             outputs = llm.generate([{"prompt_token_ids": p} for p in job["prompts"]], parameters, use_tqdm=False)
             answer["tokens"] = [list(output.outputs[0].token_ids) for output in outputs]
             answer["logprobs"] = [

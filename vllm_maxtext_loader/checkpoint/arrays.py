@@ -22,8 +22,8 @@ class Format:
     Attributes:
         ocdbt: in one OCDBT database (else a directory per array).
         zarr3: as zarr v3 (else v2).
-        complete: every chunk is stored, also one of zeros only, so that a missing one is an error. Orbax records it
-            as `store_array_data_equal_to_fill_value`.
+        complete: every chunk is stored, also one of zeros only, so that a missing one is an error. Orbax
+            records it as `store_array_data_equal_to_fill_value`.
     """
 
     ocdbt: bool
@@ -40,7 +40,8 @@ def open_arrays(
         CorruptMetadataError: an array is not there, or its metadata is damaged.
         StorageError: the storage refuses or does not answer.
     """
-    # Whatever was read since the load began is new enough: OCDBT's manifest is then read once, not once per array.
+    # Whatever was read since the load began is new enough: OCDBT's manifest is then read once, not once per
+    # array.
     since = time.time()
     futures = {name: ts.open(_spec(items, name, stored, since), context=context) for name in names}
     arrays: dict[str, ts.TensorStore] = {}
@@ -89,8 +90,8 @@ def array_error(what: str, error: BaseException, *, at_open: bool = False) -> Ma
     if detail.partition(":")[0] in _DAMAGED or "Error decoding" in detail:
         kind = CorruptMetadataError if at_open else ReadError
         return kind(
-            f"{what}: {detail}. The checkpoint is incomplete or damaged there, or its writer has deleted the step "
-            f"meanwhile: copy it again, or choose another step."
+            f"{what}: {detail}. The checkpoint is incomplete or damaged there, or its writer has deleted the "
+            "step meanwhile: copy it again, or choose another step."
         )
     return storage_error(what, error)
 

@@ -1,7 +1,7 @@
 """Listings, look-ups and metadata files in a bucket, by Google's own client (google-cloud-storage).
 
-Every request is bounded in time and repeated where that can help; a repetition is logged with the object's path.
-TensorStore reads the arrays (see `storage`); here are the few small files around them.
+Every request is bounded in time and repeated where that can help; a repetition is logged with the object's
+path. TensorStore reads the arrays (see `storage`); here are the few small files around them.
 """
 
 from __future__ import annotations
@@ -9,15 +9,13 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from vllm_maxtext_loader.checkpoint.limits import Backoff, no_progress_seconds, retry_warning, storage_error
 from vllm_maxtext_loader.errors import CheckpointNotFoundError, StorageError
 
 if TYPE_CHECKING:
     from google.cloud.storage import Bucket, Client
-
-T = TypeVar("T")
 
 _ATTEMPTS_IN_LIMIT = 3
 """A request that hangs is given up after this fraction of the limit, so that it can be repeated within it."""
@@ -30,7 +28,7 @@ def split(url: str) -> tuple[str, str]:
 
 
 def list_names(url: str, most: int | None = None) -> list[str]:
-    """Names of what is directly below a "directory", sorted; empty where nothing is. One request per 1000 names.
+    """Names of what is directly below a "directory", sorted; one request per 1000 of them.
 
     Args:
         url: the directory.
@@ -72,7 +70,9 @@ def is_object(url: str) -> bool:
     Raises:
         StorageError: the storage refuses or does not answer.
     """
-    return _call("look up", url, lambda bucket, timeout: bucket.blob(split(url)[1]).exists(timeout=timeout, retry=None))
+    return _call(
+        "look up", url, lambda bucket, timeout: bucket.blob(split(url)[1]).exists(timeout=timeout, retry=None)
+    )
 
 
 def read_object(url: str) -> bytes:
@@ -83,12 +83,15 @@ def read_object(url: str) -> bytes:
         StorageError: the storage refuses or does not answer.
     """
     return _call(
-        "read", url, lambda bucket, timeout: bucket.blob(split(url)[1]).download_as_bytes(timeout=timeout, retry=None)
+        "read",
+        url,
+        lambda bucket, timeout: bucket.blob(split(url)[1]).download_as_bytes(timeout=timeout, retry=None),
     )
 
 
-def _call(what: str, url: str, operation: Callable[[Bucket, float], T]) -> T:
-    """Carries out one operation on the bucket of `url`, again where the failure may pass, within the time limit."""
+def _call[T](what: str, url: str, operation: Callable[[Bucket, float], T]) -> T:
+    """Carries out one operation on the bucket of `url`, again where the failure may pass, within the "
+    "limit."""
     from google.api_core import exceptions, retry
     from google.auth.exceptions import GoogleAuthError
     from google.cloud.storage.exceptions import DataCorruption
@@ -150,6 +153,8 @@ def _client(emulator: str) -> Client:
     try:
         credentials, _ = google.auth.default(scopes=["https://www.googleapis.com/auth/devstorage.read_only"])
     except google.auth.exceptions.DefaultCredentialsError:
+        if os.environ.get("GOOGLE_APPLICATION_CREDENTIALS"):
+            raise
         # As TensorStore does: without credentials, public buckets can still be read.
         return storage.Client.create_anonymous_client()
     return storage.Client(project=None, credentials=credentials)

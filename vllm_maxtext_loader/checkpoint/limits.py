@@ -1,6 +1,6 @@
 """How long to wait and how often to try again; what is said about it, without credentials.
 
-One setting bounds everything: VLLM_MAXTEXT_TIMEOUT, the seconds without progress after which a load is given up.
+One setting bounds everything: VLLM_MAXTEXT_TIMEOUT, the seconds without progress after which a load gives up.
 """
 
 from __future__ import annotations
@@ -63,21 +63,21 @@ class Backoff:
 
 _SECRETS: tuple[tuple[str, str], ...] = (
     (
-        r"(?i)\b(X-Goog-(?:Signature|Credential|Security-Token)|Signature|GoogleAccessId|access_token|refresh_token|"
-        r"id_token|token|client_secret|private_key|key)(=|%3D|\"?:\s*\"?)[^&\s\"',}]+",
+        r"(?i)\b(X-Goog-[A-Za-z-]+|Signature|GoogleAccessId|[a-z]*_?token|client_secret|(?<=[?&])key)(=|%3D)[^&\s\"']+",
         r"\1\2…",
     ),
+    (r"(?i)\"(private_key|client_secret|[a-z]*_?token)\"\s*:\s*\"[^\"]*\"", r'"\1": "…"'),
     (r"(?i)\b(Bearer|Basic)\s+[A-Za-z0-9._~+/=-]+", r"\1 …"),
     (r"\bya29\.[A-Za-z0-9._-]+", "ya29.…"),
     (r"://[^/\s@]+@", "://…@"),
-    (r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)", "…"),
+    (r"(?s)-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)", "…"),
 )
 
 
 def redact(text: str) -> str:
     """`text` without signatures of signed URLs, tokens, passwords and keys, for logs and messages."""
     for pattern, replacement in _SECRETS:
-        text = re.sub(pattern, replacement, text, flags=re.DOTALL)
+        text = re.sub(pattern, replacement, text)
     return text
 
 
@@ -116,7 +116,7 @@ def storage_error(what: str, error: BaseException) -> StorageError:
     elif any(word in kind for word in ("timeout", "deadline", "timed out")):
         advice = f"The storage did not answer in time; {TIMEOUT_VARIABLE} (seconds) raises the limit."
     elif any(word in kind for word in ("refused", "resolve", "unreachable", "connection", "curl")):
-        advice = "The storage could not be reached, or broke off, at every attempt: check the network, then try again."
+        advice = "Every attempt to reach the storage failed, or broke off: check the network, then try again."
     else:
         advice = "Check that the path is right and readable from this machine."
     return StorageError(f"{redact(what)}: {detail.rstrip('.')}. {advice}")
@@ -135,6 +135,9 @@ _NOISE: tuple[tuple[str, str], ...] = (
     (r" \[http_response_code='(\d+)'\]", r" (HTTP \1)"),
     (r"(?s): \('Request failed with status code'.*", ""),
     (r"\b(\d{3}) (?:GET|HEAD) https?://\S+: ", r"HTTP \1: "),
-    (r"HTTPS?ConnectionPool\(host='([^']*)', port=(\d+)\): (?:Max retries exceeded with url: \S+ )?", r"\1:\2: "),
+    (
+        r"HTTPS?ConnectionPool\(host='([^']*)', port=(\d+)\): (?:Max retries exceeded with url: \S+ )?",
+        r"\1:\2: ",
+    ),
 )
 """What TensorStore, google-cloud-storage and requests say beyond the reason, and what is left of it."""

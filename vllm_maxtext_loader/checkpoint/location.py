@@ -4,11 +4,11 @@ MaxText writes `<run>/checkpoints/<step>/<item>/…`; a user may name the run's 
 a step or the item itself. The item is `items` (MaxText) or `model_params` (Tunix), and is known by
 its `_METADATA` file.
 
-When a checkpoint counts as committed (orbax-checkpoint 0.12.8 `_src/path/atomicity.py`): in a bucket, it holds
-`commit_success.txt`; on a disk, it has been renamed from its `….orbax-checkpoint-tmp…` name. Just before, on both,
-its `_CHECKPOINT_METADATA` has received the commit time; a copy of a step that has none is refused, wherever it lies.
-The mark belongs to the directory Orbax was told to save to: the step, or, where a writer saved a single tree
-(MaxText's parameter-only checkpoints), the item.
+When a checkpoint counts as committed (orbax-checkpoint 0.12.8 `_src/path/atomicity.py`): in a bucket, it
+holds `commit_success.txt`; on a disk, it has been renamed from its `….orbax-checkpoint-tmp…` name. Just
+before, on both, its `_CHECKPOINT_METADATA` has received the commit time; a copy of a step that has none is
+refused, wherever it lies. The mark belongs to the directory Orbax was told to save to: the step, or, where a
+writer saved a single tree (MaxText's parameter-only checkpoints), the item.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class ItemLocation:
 def locate(path: str | os.PathLike[str], step: int | None = None) -> ItemLocation:
     """Finds the item directory that `path` means, and checks that it was committed.
 
-    In a bucket this takes three requests for a step or an item, one more for a run, and two more per step that is
-    skipped because it is not committed.
+    In a bucket this takes three requests for a step or an item, one more for a run, and two more per step
+    that is skipped because it is not committed.
 
     Args:
         path: items directory, step directory or run's checkpoint directory; local or gs://.
@@ -84,8 +84,8 @@ def locate(path: str | os.PathLike[str], step: int | None = None) -> ItemLocatio
     if step is not None and step != located.step:
         found = "names no step" if located.step is None else f"names step {located.step}"
         raise StepNotFoundError(
-            f"{requested}: step {step} is wanted, but the path {found}. Give the run's checkpoint directory, or leave "
-            f"out the step."
+            f"{requested}: step {step} is wanted, but the path {found}. Give the run's checkpoint directory, "
+            "or leave out the step."
         )
     return located
 
@@ -99,7 +99,9 @@ def _list(location: Location) -> list[str]:
     try:
         if names := location.listdir():
             return names
-        raise NotACheckpointError(f"{location}: the directory is empty; expected a checkpoint that Orbax wrote.")
+        raise NotACheckpointError(
+            f"{location}: the directory is empty; expected a checkpoint that Orbax wrote."
+        )
     except NotADirectoryError:
         pass
     except FileNotFoundError:
@@ -109,8 +111,8 @@ def _list(location: Location) -> list[str]:
             ) from None
     if location.parent is not None and location.is_file():
         raise NotACheckpointError(
-            f"{location}: is a file; expected a directory that Orbax wrote: an items directory, a step or a run's "
-            f"checkpoint directory."
+            f"{location}: is a file; expected a directory that Orbax wrote: an items directory, a step or a "
+            "run's checkpoint directory."
         )
     raise CheckpointNotFoundError(f"{location}: no such checkpoint directory.{_beside(location)}")
 
@@ -180,11 +182,13 @@ def _steps(run: Location, names: Iterable[str]) -> dict[int, str]:
         return steps
     if any(TMP_MARK in name for name in names):
         raise UncommittedCheckpointError(
-            f"{run}: holds only temporary directories ({_some(names)}): no step was ever committed. The writer is still "
-            f"at work or died: wait for it."
+            f"{run}: holds only temporary directories ({_some(names)}): no step was ever committed. The "
+            "writer is still at work or died: wait for it."
         )
     if "checkpoints" in names:
-        raise NotACheckpointError(f"{run}: is a run's directory; its checkpoints are in {run / 'checkpoints'}.")
+        raise NotACheckpointError(
+            f"{run}: is a run's directory; its checkpoints are in {run / 'checkpoints'}."
+        )
     raise NotACheckpointError(
         f"{run}: is no Orbax checkpoint: no {TREE_METADATA} here, no {' or '.join(ITEM_NAMES[:2])} "
         f"directory and no numbered steps. Found: {_some(names)}."
@@ -199,7 +203,7 @@ def _in_step(run: Location, directory: Location) -> ItemLocation:
 
 _ADVICE = (
     "The writer is still at work or died: wait for it, or choose another step "
-    '(--model-loader-extra-config \'{"step": N}\').'
+    "(--model-loader-extra-config '{\"step\": N}')."
 )
 
 
@@ -222,8 +226,8 @@ def _committed(
             )
         if STEP_METADATA in names or COMMIT_FILE in names:
             raise CorruptMetadataError(
-                f"{listed}: Orbax finished it, but no item in it has a {TREE_METADATA}. Found: {_some(names)}. Copy the "
-                f"checkpoint again, or choose another step."
+                f"{listed}: Orbax finished it, but no item in it has a {TREE_METADATA}. Found: "
+                f"{_some(names)}. Copy the checkpoint again, or choose another step."
             )
         raise NotACheckpointError(f"{listed}: holds no item with a {TREE_METADATA}. Found: {_some(names)}.")
     _refuse_temporary(items)
@@ -240,15 +244,17 @@ def _committed(
         # The item was saved on its own, into a directory that only looks like a step.
         saved, committed = items, (items / COMMIT_FILE).is_file()
     if not committed and (items.is_remote or (saved != items and (items / COMMIT_FILE).is_file())):
-        # Orbax writes the file into the item first and into the step last: on a disk, the second case is a copy of a
-        # bucket's step that was not finished.
+        # Orbax writes the file into the item first and into the step last: on a disk, the second case is a
+        # copy of a bucket's step that was not finished.
         raise UncommittedCheckpointError(
-            f"{saved}: {COMMIT_FILE} is missing: never committed. {_ADVICE} If it was copied here from a disk, where "
-            f"a commit is a rename, put an empty {COMMIT_FILE} into it."
+            f"{saved}: {COMMIT_FILE} is missing: never committed. {_ADVICE} If it was copied here from a "
+            f"disk, where a commit is a rename, put an empty {COMMIT_FILE} into it."
         )
     metadata = {} if raw is None else _parse(saved / STEP_METADATA, raw)
     if "commit_timestamp_nsecs" in metadata and metadata["commit_timestamp_nsecs"] is None:
-        raise UncommittedCheckpointError(f"{saved}: {STEP_METADATA} has no commit time: never committed. {_ADVICE}")
+        raise UncommittedCheckpointError(
+            f"{saved}: {STEP_METADATA} has no commit time: never committed. {_ADVICE}"
+        )
     custom = metadata.get("custom_metadata")
     scan_layers = custom.get("scan_layers") if isinstance(custom, dict) else None
     return ItemLocation(
@@ -271,8 +277,8 @@ def _refuse_temporary(location: Location) -> None:
     for part in location.url.split("/"):
         if TMP_MARK in part:
             raise UncommittedCheckpointError(
-                f"{location}: {part} is a temporary directory: its writer has not finished, or died. Wait for it, or "
-                f"choose another step."
+                f"{location}: {part} is a temporary directory: its writer has not finished, or died. Wait "
+                "for it, or choose another step."
             )
 
 

@@ -59,7 +59,10 @@ def boxes(leaf: Leaf, limit: int) -> list[Box]:
     steps = list(leaf.chunks) if leaf.chunks else []
     for axis in reversed(range(len(leaf.shape))):
         size = leaf.shape[axis]
-        inner = math.prod(min(step, length) for step, length in zip(steps, leaf.shape, strict=True)) * leaf.dtype.itemsize
+        inner = (
+            math.prod(min(step, length) for step, length in zip(steps, leaf.shape, strict=True))
+            * leaf.dtype.itemsize
+        )
         whole = math.ceil(size / steps[axis])
         multiple = max(1, min(whole, limit // max(1, inner)))
         steps[axis] = min(size, steps[axis] * multiple)
@@ -90,8 +93,8 @@ def read_pieces(
     Args:
         leaves: what to read.
         arrays: opened arrays by leaf key.
-        budget: bytes of boxes that are in flight or in the caller's hands at a time. A box that is larger than
-            the budget is read alone.
+        budget: bytes of boxes that are in flight or in the caller's hands at a time. A box that is larger
+            than the budget is read alone.
         where: path, for messages.
         on_wait: told the seconds spent waiting for each box.
 
@@ -126,6 +129,7 @@ def read_pieces(
             started = time.perf_counter()
             array = _result(watch, future, leaf)
             pending.popleft()
+            del future  # It holds the array, too.
             if on_wait is not None:
                 on_wait(time.perf_counter() - started)
             yield Piece(leaf, box, array, last)
@@ -149,8 +153,8 @@ def _result(watch: Watch, future: ts.Future, leaf: Leaf) -> np.ndarray:
 def trailing_zero_rows(leaf: Leaf, arrays: dict[str, ts.TensorStore], where: str) -> int:
     """Number of all-zero rows at the end of a table, read backwards one row of chunks at a time.
 
-    Rows that were read are kept in front of the opened array where they are few: a later read then takes them from
-    memory.
+    Rows that were read are kept in front of the opened array where they are few: a later read then takes them
+    from memory.
 
     Args:
         leaf: a table [rows, columns].

@@ -1,7 +1,7 @@
-"""A local directory or one in a bucket, and how to read it: small files here and in `bucket`, arrays by TensorStore.
+"""A directory on a disk or in a bucket, and how to read it: small files here, arrays by TensorStore.
 
-Google's client reads the small files, TensorStore's own client the arrays. Both use Application Default Credentials,
-and public buckets without any. What bounds them is in `limits`.
+Google's client reads the small files, TensorStore's own client the arrays. Both use Application Default
+Credentials, and public buckets without any. What bounds them is in `limits`.
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ import json
 import logging
 import math
 from collections.abc import Iterable
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -194,7 +193,9 @@ def _parse(items: Location) -> tuple[list[tuple[str, ...]], Format]:
     try:
         raw = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise CorruptMetadataError(f"{path}: disappeared while it was being read. Was the step deleted?") from error
+        raise CorruptMetadataError(
+            f"{path}: disappeared while it was being read. Was the step deleted?"
+        ) from error
     try:
         parsed = json.loads(raw)
         keys = [
@@ -202,22 +203,30 @@ def _parse(items: Location) -> tuple[list[tuple[str, ...]], Format]:
             for entry in parsed["tree_metadata"].values()
             if entry["value_metadata"]["value_type"] in _ARRAY_TYPES
         ]
-        flags = [parsed.get(name) for name in ("use_ocdbt", "use_zarr3", "store_array_data_equal_to_fill_value")]
+        flags = [
+            parsed.get(name) for name in ("use_ocdbt", "use_zarr3", "store_array_data_equal_to_fill_value")
+        ]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptMetadataError(
-            f"{path}: is damaged ({type(error).__name__}: {error}); not the tree metadata Orbax writes. {advice}"
+            f"{path}: is damaged ({type(error).__name__}: {error}); not the tree metadata Orbax writes. "
+            f"{advice}"
         ) from error
     for key in keys:
         if not key or any(
-            not part or "/" in part or "\0" in part or part in (".", "..") or not is_unicode(part) for part in key
+            not part or "/" in part or "\0" in part or part in (".", "..") or not is_unicode(part)
+            for part in key
         ):
             raise CorruptMetadataError(f"{path}: is damaged: {key!r} is no name of an array. {advice}")
     if any(flag is not None and not isinstance(flag, bool) for flag in flags):
-        raise CorruptMetadataError(f"{path}: is damaged: use_ocdbt, use_zarr3 and the like are {flags}. {advice}")
+        raise CorruptMetadataError(
+            f"{path}: is damaged: use_ocdbt, use_zarr3 and the like are {flags}. {advice}"
+        )
     ocdbt, zarr3, complete = flags
     if not complete:
         logger.warning(
-            "%s: was written without chunks that are all zero: a chunk that was lost since cannot be told from them.", path
+            "%s: was written without chunks that are all zero: a chunk that was lost since cannot be told "
+            "from them.",
+            path,
         )
     if ocdbt is None:
         # As Orbax does for trees that do not record it.
@@ -245,8 +254,8 @@ def _wrapper_of(keys: Iterable[tuple[str, ...]], items: Location) -> tuple[str, 
         return found[0]
     if found:
         raise UnknownModelError(
-            f"{items}: holds several models: {', '.join('.'.join(prefix) for prefix in found)}; expected one, under "
-            f"one of {', '.join('.'.join(prefix) or '(root)' for prefix in WRAPPERS)}."
+            f"{items}: holds several models: {', '.join('.'.join(prefix) for prefix in found)}; expected "
+            f"one, under one of {', '.join('.'.join(prefix) or '(root)' for prefix in WRAPPERS)}."
         )
     raise UnknownModelError(
         f"{items}: is no MaxText model: no leaf {'.'.join(ANCHOR)} under any wrapper. Top-level keys: "

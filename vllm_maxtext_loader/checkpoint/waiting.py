@@ -1,8 +1,9 @@
 """Waits for TensorStore; gives up when nothing moves any more, and says when requests are made again.
 
-A big chunk on a slow network may take longer than any limit, so what counts is whether bytes arrive. TensorStore counts
-the bytes of finished reads only. What happens inside a transfer is curl's business, which is told to abort one in which
-nothing arrives (`abort_stalled_transfers`): a transfer that lives longer than that is moving.
+A big chunk on a slow network may take longer than any limit, so what counts is whether bytes arrive.
+TensorStore counts the bytes of finished reads only. What happens inside a transfer is curl's business, which
+is told to abort one in which nothing arrives (`abort_stalled_transfers`): a transfer that lives longer than
+that is moving.
 """
 
 from __future__ import annotations
@@ -107,7 +108,9 @@ class Watch:
         if after.retries > before.retries:
             count = after.retries - before.retries
             codes = {code: number - before.codes.get(code, 0) for code, number in after.codes.items()}
-            reasons = [f"HTTP {code}" for code, number in codes.items() if number > 0] or ["connection broken or stalled"]
+            reasons = [f"HTTP {code}" for code, number in codes.items() if number > 0] or [
+                "connection broken or stalled"
+            ]
             self._failed.update(dict.fromkeys(reasons, count))
             retry_warning(
                 f"{self.where}/{what}" if what else self.where,
