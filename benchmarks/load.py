@@ -21,6 +21,7 @@ read from a warm page cache. Compare ratios, not seconds.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -42,8 +43,24 @@ DEVICES_OF_THE_WRITER = 4
 
 SHAPES: dict[str, dict[str, Any]] = {
     # The dimensions of one layer are the published model's; layers, experts and vocabulary are cut to the size.
-    "26b": {"hidden": 2816, "heads": 16, "kv": 8, "global_kv": 2, "mlp": 2112, "expert_mlp": 704, "layers": 6},
-    "31b": {"hidden": 5376, "heads": 32, "kv": 16, "global_kv": 4, "mlp": 21504, "expert_mlp": 0, "layers": 6},
+    "26b": {
+        "hidden": 2816,
+        "heads": 16,
+        "kv": 8,
+        "global_kv": 2,
+        "mlp": 2112,
+        "expert_mlp": 704,
+        "layers": 6,
+    },
+    "31b": {
+        "hidden": 5376,
+        "heads": 32,
+        "kv": 16,
+        "global_kv": 4,
+        "mlp": 21504,
+        "expert_mlp": 0,
+        "layers": 6,
+    },
 }
 VOCAB = 32768
 
@@ -94,7 +111,11 @@ def _leaves(dims: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         if moe:
             experts, width = dims["experts"], dims["expert_mlp"]
             layer["mlp.pre_forward_scale_2"] = (hidden,)
-            for norm in ("post_feedforward_layernorm_1", "post_feedforward_layernorm_2", "pre_feedforward_layernorm_2"):
+            for norm in (
+                "post_feedforward_layernorm_1",
+                "post_feedforward_layernorm_2",
+                "pre_feedforward_layernorm_2",
+            ):
                 layer[f"mlp.{norm}.scale"] = (hidden,)
             block = "mlp.moe_block.MoeBlock_0"
             layer[f"{block}.gate.kernel"] = (hidden, experts)
@@ -142,7 +163,9 @@ def make_checkpoint(directory: Path, dims: dict[str, Any]) -> None:
         for part in parents:
             node = node.setdefault(part, {})
         node[last] = jax.device_put(values, sharding)
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(items=ocp.PyTreeCheckpointHandler(use_zarr3=True))) as writer:
+    with ocp.Checkpointer(
+        ocp.CompositeCheckpointHandler(items=ocp.PyTreeCheckpointHandler(use_zarr3=True))
+    ) as writer:
         writer.save(directory / "0", args=ocp.args.Composite(items=ocp.args.PyTreeSave(tree)))
 
 
@@ -155,14 +178,22 @@ def make_pair(directory: Path, dims: dict[str, Any]) -> tuple[Path, Path]:
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES_OF_THE_WRITER}",
     }
     subprocess.run(
-        [sys.executable, os.path.abspath(__file__), "--make", str(checkpoint), json.dumps(dims)], env=environment, check=True
+        [sys.executable, os.path.abspath(__file__), "--make", str(checkpoint), json.dumps(dims)],
+        env=environment,
+        check=True,
     )
     config = directory / "config"
     config.mkdir()
     write_config(config, checkpoint)
     subprocess.run(
-        [sys.executable, "-c", "from vllm_maxtext_loader.cli import main; main()"]
-        + ["export", str(checkpoint), str(exported), "--config", str(config)],
+        [
+            str(Path(sys.executable).parent / "vllm-maxtext"),
+            "export",
+            checkpoint,
+            exported,
+            "--config",
+            config,
+        ],
         check=True,
         stdout=subprocess.DEVNULL,
     )
@@ -240,7 +271,7 @@ def measure(loader: str, checkpoint: str, hf: str) -> dict[str, float]:
         peak = Peak()
         peak.start()
         cpu, wall = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
-        result = original(self, *args, **kwargs)
+        original(self, *args, **kwargs)
         import jax
 
         jax.effects_barrier()
@@ -254,10 +285,15 @@ def measure(loader: str, checkpoint: str, hf: str) -> dict[str, float]:
         """Ends the engine's start: what follows is not measured."""
 
     VllmModelWrapper.load_weights = timed
-    try:
-        LLM(model=hf, skip_tokenizer_init=True, max_model_len=128, max_num_seqs=4, max_num_batched_tokens=128, **arguments)
-    except Loaded:
-        pass
+    with contextlib.suppress(Loaded):
+        LLM(
+            model=hf,
+            skip_tokenizer_init=True,
+            max_model_len=128,
+            max_num_seqs=4,
+            max_num_batched_tokens=128,
+            **arguments,
+        )
     return found
 
 
@@ -276,7 +312,10 @@ def floor(checkpoint: str) -> dict[str, float]:
     opened = open_checkpoint(checkpoint)
     started = time.perf_counter()
     for _ in read_pieces(
-        [entry.leaf for entry in opened.plan.leaves], opened.tree.arrays, opened.concurrent_bytes, opened.plan.where
+        [entry.leaf for entry in opened.plan.leaves],
+        opened.tree.arrays,
+        opened.concurrent_bytes,
+        opened.plan.where,
     ):
         pass
     return {"raw_seconds": raw, "tensorstore_seconds": time.perf_counter() - started}
@@ -300,14 +339,18 @@ def report(gib: float, results: dict[str, list[dict[str, float]]], floors: list[
 
     base = results.get("default")
     print(f"\n{gib:.2f} GiB of bfloat16 weights, median (min to max) of {len(floors)} rounds")
-    print(f"{'loader':<12}{'seconds':>22}{'CPU s':>8}{'GiB/s':>8}{'peak/weights':>14}{'time/default':>14}{'time/read':>11}")
+    print(
+        f"{'loader':<12}{'seconds':>22}{'CPU s':>8}{'GiB/s':>8}{'peak/weights':>14}{'time/default':>14}{'time/read':>11}"
+    )
     read = median(floors, "tensorstore_seconds")
     for loader, rows in results.items():
         if not rows:
             print(f"{loader:<12}{'failed':>22}")
             continue
         seconds = median(rows, "seconds")
-        span = f"{seconds:.2f} ({min(r['seconds'] for r in rows):.2f} to {max(r['seconds'] for r in rows):.2f})"
+        span = (
+            f"{seconds:.2f} ({min(r['seconds'] for r in rows):.2f} to {max(r['seconds'] for r in rows):.2f})"
+        )
         ratio = f"{seconds / median(base, 'seconds'):.2f}" if base else "-"
         peak = median(rows, "peak_bytes") / GIB / gib
         print(
@@ -328,16 +371,22 @@ def main() -> None:
         result = measure(*sys.argv[2:5]) if sys.argv[1] == "--measure" else floor(sys.argv[2])
         print("RESULT " + json.dumps(result), flush=True)
         os._exit(0)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--gib", type=float, nargs="+", default=[3.0], help="sizes to measure, in GiB")
     parser.add_argument("--shapes", choices=SHAPES, default="26b")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--loaders", nargs="+", choices=LOADERS, default=["default", "waist", "direct"])
-    parser.add_argument("--directory", type=Path, help="where to put checkpoints; default: a temporary directory")
+    parser.add_argument(
+        "--directory", type=Path, help="where to put checkpoints; default: a temporary directory"
+    )
     args = parser.parse_args()
     print(
         f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
-        + ", ".join(f"{name} {version(name)}" for name in ("vllm-tpu", "jax", "orbax-checkpoint", "tensorstore"))
+        + ", ".join(
+            f"{name} {version(name)}" for name in ("vllm-tpu", "jax", "orbax-checkpoint", "tensorstore")
+        )
     )
     for gib in args.gib:
         directory = Path(tempfile.mkdtemp(prefix="load-", dir=args.directory))

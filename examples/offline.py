@@ -21,8 +21,12 @@ DEMO_CONFIG = ROOT / "tests" / "fixtures" / "hf" / "moe"
 
 def main() -> None:
     """Loads the checkpoint and prints what the model says."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", nargs="?", help="local path or gs:// URL; default: the tiny demo checkpoint")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "checkpoint", nargs="?", help="local path or gs:// URL; default: the tiny demo checkpoint"
+    )
     parser.add_argument("tokenizer", nargs="?", help="Hugging Face name or directory of the tokenizer")
     parser.add_argument("--prompt", default="The capital of France is")
     parser.add_argument("--max-tokens", type=int, default=16)
@@ -52,9 +56,8 @@ def demo(max_tokens: int) -> None:
     """The main job on a checkpoint that MaxText wrote: 12 random layers with 8 experts, so the words mean nothing."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from vllm import LLM, SamplingParams
-
     from tiny_tokenizer import write_tokenizer
+    from vllm import LLM, SamplingParams
 
     with tempfile.TemporaryDirectory() as directory:
         # Its dimensions are no published Gemma 4's, so the configuration is given; a real model needs none.

@@ -27,7 +27,8 @@ FIXTURES = Path(__file__).parent / "fixtures"
 
 def _load(name: str) -> Any:
     spec = importlib.util.spec_from_file_location(name, FIXTURES / f"{name}.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
@@ -107,7 +108,9 @@ def read_orbax(items: Path) -> Tree:
     return handler.restore(items, args=ocp.args.PyTreeRestore(restore_args=restore_args))
 
 
-def write_orbax(step: Path, tree: Tree, *, item: str = "items", ocdbt: bool = True, zarr3: bool = True) -> Path:
+def write_orbax(
+    step: Path, tree: Tree, *, item: str = "items", ocdbt: bool = True, zarr3: bool = True
+) -> Path:
     """Writes a step the way MaxText does, by Orbax itself; returns the item directory."""
     import orbax.checkpoint as ocp
 

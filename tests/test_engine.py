@@ -71,7 +71,12 @@ def run_jobs(jobs: list[dict[str, Any]], directory: Path, devices: int) -> dict[
 
 def parallel_ids() -> list[str]:
     """Every checkpoint and parallel setting, as "moe_v2-tp8-ep"."""
-    return [f"{name}-tp{setting}" for name, settings in PARALLEL.items() for setting in settings if name in cases()]
+    return [
+        f"{name}-tp{setting}"
+        for name, settings in PARALLEL.items()
+        for setting in settings
+        if name in cases()
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -132,9 +137,11 @@ def test_state_is_the_default_loaders(parallel: dict[str, Any], key: str) -> Non
     assert any(name.endswith("embed_tokens.weight") for name in explained) or "dense" in key
     layers = cases()[key.partition("-tp")[0]].facts["overrides"]
     if any(override.startswith("num_experts=") for override in layers):
-        assert sum(name.endswith("w2_weight") for name in explained) == sum(
-            name.endswith("router.per_expert_scale") for name in explained
-        ) > 0
+        assert (
+            sum(name.endswith("w2_weight") for name in explained)
+            == sum(name.endswith("router.per_expert_scale") for name in explained)
+            > 0
+        )
 
 
 @pytest.mark.parametrize("key", parallel_ids())
@@ -148,7 +155,15 @@ def test_both_ways_end_in_the_same_bits(parallel: dict[str, Any], key: str) -> N
 def test_log_says_what_was_loaded_and_assumed(parallel: dict[str, Any]) -> None:
     log = parallel["moe_v2-tp1 direct"]["log"]
     (summary,) = [line for line in log if line.startswith("INFO Loaded ")]
-    for part in (str(cases()["moe_v2"].items), "step 0", "scanned v2", "47 leaves", "264 tensors", "GiB/s", "peak host memory"):
+    for part in (
+        str(cases()["moe_v2"].items),
+        "step 0",
+        "scanned v2",
+        "47 leaves",
+        "264 tensors",
+        "GiB/s",
+        "peak host memory",
+    ):
         assert part in summary
     (folding,) = [line for line in log if "per_expert_scale" in line]
     assert "folded into down_proj" in folding
@@ -168,7 +183,10 @@ def spoken(twin: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
         job = {"name": name, "model": str(twin(name)), "arguments": arguments, "prompts": PROMPTS}
         jobs.append({**job, "vocab_size": vocab_size})
     vocab_size = _config(twin("moe_v2"))["vocab_size"]
-    moe = {"load_format": "maxtext", "model_loader_extra_config": {"checkpoint": str(cases()["moe_v2"].items)}}
+    moe = {
+        "load_format": "maxtext",
+        "model_loader_extra_config": {"checkpoint": str(cases()["moe_v2"].items)},
+    }
     jobs += [
         {
             "name": "unfolded",
@@ -176,12 +194,20 @@ def spoken(twin: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
             "arguments": {
                 **moe,
                 "max_logprobs": vocab_size,
-                "model_loader_extra_config": {**moe["model_loader_extra_config"], "fold_expert_scales": False},
+                "model_loader_extra_config": {
+                    **moe["model_loader_extra_config"],
+                    "fold_expert_scales": False,
+                },
             },
             "prompts": PROMPTS,
             "vocab_size": vocab_size,
         },
-        {"name": "flax", "model": str(twin("moe_v2")), "arguments": moe, "environment": {"MODEL_IMPL_TYPE": "flax_nnx"}},
+        {
+            "name": "flax",
+            "model": str(twin("moe_v2")),
+            "arguments": moe,
+            "environment": {"MODEL_IMPL_TYPE": "flax_nnx"},
+        },
         {
             "name": "unknown key",
             "model": str(twin("moe_v2")),
@@ -235,11 +261,15 @@ def _config(directory: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", [name for name in ("dense_v2", "moe_v2", "e2b") if name in cases()])
-def test_logprobs_are_transformers_float32(spoken: dict[str, Any], twin: Callable[[str], Path], name: str) -> None:
+def test_logprobs_are_transformers_float32(
+    spoken: dict[str, Any], twin: Callable[[str], Path], name: str
+) -> None:
     answer = spoken[name]
     assert "error" not in answer, answer.get("traceback")
     reference = reference_logprobs(twin(name))
-    limit = bound(_config(twin(name))["num_hidden_layers"], float(np.mean([np.std(row) for row in reference])))
+    limit = bound(
+        _config(twin(name))["num_hidden_layers"], float(np.mean([np.std(row) for row in reference]))
+    )
     assert {len(row) for row in answer["logprobs"]} == {_config(twin(name))["vocab_size"]}
     assert distance(answer["logprobs"], reference) < limit
 
@@ -266,13 +296,17 @@ def _shift_a_layer(model: Any) -> None:
     second.load_state_dict(weights)
 
 
-@pytest.mark.parametrize("mistake", [_swap_gate_and_up, _forget_layer_scalar, _forget_expert_scale, _shift_a_layer])
+@pytest.mark.parametrize(
+    "mistake", [_swap_gate_and_up, _forget_layer_scalar, _forget_expert_scale, _shift_a_layer]
+)
 def test_bound_catches_mistakes(
     spoken: dict[str, Any], twin: Callable[[str], Path], mistake: Callable[[Any], None]
 ) -> None:
     """The reference with one mistake in it is further from the engine than the bound allows."""
     reference = reference_logprobs(twin("moe_v2"))
-    limit = bound(_config(twin("moe_v2"))["num_hidden_layers"], float(np.mean([np.std(row) for row in reference])))
+    limit = bound(
+        _config(twin("moe_v2"))["num_hidden_layers"], float(np.mean([np.std(row) for row in reference]))
+    )
     assert distance(spoken["moe_v2"]["logprobs"], reference_logprobs(twin("moe_v2"), mistake)) > limit
 
 
@@ -280,7 +314,9 @@ def test_unfolded_scale_is_lost_on_tpu_inference(spoken: dict[str, Any], twin: C
     """Why folding is the default: without it the engine computes the model whose scales are one."""
     reference = reference_logprobs(twin("moe_v2"))
     without = reference_logprobs(twin("moe_v2"), _forget_expert_scale)
-    limit = bound(_config(twin("moe_v2"))["num_hidden_layers"], float(np.mean([np.std(row) for row in reference])))
+    limit = bound(
+        _config(twin("moe_v2"))["num_hidden_layers"], float(np.mean([np.std(row) for row in reference]))
+    )
     said = spoken["unfolded"]["logprobs"]
     assert distance(said, reference) > limit
     assert distance(said, without) < limit

@@ -419,7 +419,8 @@ def test_credentials_are_left_out(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["leaf self_attention.key: 3 requests failed", "token_embedder.embedding", "gs://bucket/key=1/items"]
+    "text",
+    ["leaf self_attention.key: 3 requests failed", "token_embedder.embedding", "gs://bucket/key=1/items"],
 )
 def test_names_of_leaves_are_no_credentials(text: str) -> None:
     assert redact(text) == text

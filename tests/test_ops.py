@@ -95,7 +95,9 @@ def test_table_names_every_tensor_of_the_published_model(name: str) -> None:
     dims = PRESETS[name].dims()
     with torch.device("meta"):
         model = Gemma4ForCausalLM(make_config(dims, None, name))
-    tensors = {key: tuple(value.shape) for key, value in model.state_dict().items() if key != "lm_head.weight"}
+    tensors = {
+        key: tuple(value.shape) for key, value in model.state_dict().items() if key != "lm_head.weight"
+    }
     assert dict(dims.hf_shapes()) == tensors
 
 

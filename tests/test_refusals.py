@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Tree, cases, read_orbax, write_orbax
+from conftest import Tree, cases, write_orbax
 
 from vllm_maxtext_loader import MaxTextLoadError, open_checkpoint
 from vllm_maxtext_loader.errors import (
@@ -128,7 +128,9 @@ def test_not_gemma_4(tmp_path: Path) -> None:
         "params": {
             "params": {
                 "token_embedder": {"embedding": np.zeros((8, 4), np.float32)},
-                "decoder": {"layers": {"self_attention": {"query": {"kernel": np.zeros((4, 2, 2, 2), np.float32)}}}},
+                "decoder": {
+                    "layers": {"self_attention": {"query": {"kernel": np.zeros((4, 2, 2, 2), np.float32)}}}
+                },
             }
         }
     }
@@ -147,7 +149,9 @@ def test_gemma_3_is_not_gemma_4(edited: Edited) -> None:
 
 
 def test_no_model_at_all(tmp_path: Path) -> None:
-    message = _message(UnknownModelError, write_orbax(tmp_path / "0", {"weights": {"a": np.zeros(3, np.float32)}}))
+    message = _message(
+        UnknownModelError, write_orbax(tmp_path / "0", {"weights": {"a": np.zeros(3, np.float32)}})
+    )
     assert "weights" in message
 
 
@@ -181,7 +185,12 @@ def test_configuration_that_contradicts_the_shapes_names_both_numbers(twin: Call
     transformers = pytest.importorskip("transformers")
     config = transformers.AutoConfig.from_pretrained(twin("moe_v2"))
     checkpoint = open_checkpoint(cases()["moe_v2"].items)
-    for field, value in (("num_experts", 16), ("hidden_size", 128), ("moe_intermediate_size", 48), ("vocab_size", 512)):
+    for field, value in (
+        ("num_experts", 16),
+        ("hidden_size", 128),
+        ("moe_intermediate_size", 48),
+        ("vocab_size", 512),
+    ):
         other = copy.deepcopy(config)
         found = getattr(other, field)
         setattr(other, field, value)
@@ -213,7 +222,9 @@ def test_model_name_of_another_kind() -> None:
         checkpoint.hf_config()
 
 
-@pytest.mark.parametrize("damage", ["{", "[]", '{"tree_metadata": 3}', '{"tree_metadata": {"x": {}}}', "\ud800"])
+@pytest.mark.parametrize(
+    "damage", ["{", "[]", '{"tree_metadata": 3}', '{"tree_metadata": {"x": {}}}', "\ud800"]
+)
 def test_damaged_tree_metadata(copy_case: Callable[[str], Path], damage: str) -> None:
     root = copy_case("dense_v2")
     items = root / cases()["dense_v2"].facts["items"]

@@ -81,7 +81,8 @@ def serving(model: str, tokenizer: Path, log: Path, *options: str) -> Iterator[S
             time.sleep(1)
         yield server
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(30)
         with contextlib.suppress(ProcessLookupError):

@@ -137,7 +137,9 @@ class Checkpoint:
             leaf = self.tree.leaves[".".join(ANCHOR)]
             vocab -= trailing_zero_rows(leaf, self.tree.arrays, self.plan.where)
         if vocab != self.plan.dims.vocab:
-            logger.info("Dropping %d padded vocabulary rows of %s", self.plan.dims.vocab - vocab, self.plan.where)
+            logger.info(
+                "Dropping %d padded vocabulary rows of %s", self.plan.dims.vocab - vocab, self.plan.where
+            )
             self.plan = make_plan(self.tree, dataclasses.replace(self.plan.dims, vocab=vocab))
         self._vocab_known = True
         return self.plan

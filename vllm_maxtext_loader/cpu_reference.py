@@ -35,6 +35,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType, Mesh
 
+from vllm_maxtext_loader.plugin import prepare_cpu_environment
+
 logger = logging.getLogger(__name__)
 
 SUPPORTED_TPU_INFERENCE = "0.32"
@@ -55,7 +57,7 @@ _replaced = False
 
 
 # ----------------------------------------------------------------------------
-# Environment
+# Devices
 # ----------------------------------------------------------------------------
 
 

@@ -105,7 +105,7 @@ def _prepare(args: EngineArgs) -> Checkpoint:
         if options.checkpoint is None and _is_hugging_face(args.model):
             raise type(error)(
                 f"{error} To load a checkpoint under this Hugging Face configuration, name it: "
-                f"--model-loader-extra-config '{{\"checkpoint\": \"gs://… or a path\"}}'."
+                f'--model-loader-extra-config \'{{"checkpoint": "gs://… or a path"}}\'.'
             ) from error
         raise
     # All processes and hosts must load the same step, whatever is committed meanwhile.

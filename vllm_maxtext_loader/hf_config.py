@@ -185,17 +185,18 @@ def make_config(dims: Dims, model_name: str | None, where: str) -> PretrainedCon
         config: Any = Gemma4TextConfig(**text, architectures=["Gemma4ForCausalLM"])
         config.eos_token_id = _TOKENS["eos_token_id"]
     else:
-        config = Gemma4Config(
-            text_config={**text, "model_type": "gemma4_text"},
-            vision_config=_vision_fields(dims),
-            audio_config=None,
-            tie_word_embeddings=True,
-            vision_soft_tokens_per_image=280,
-            dtype="bfloat16",
-            initializer_range=0.02,
-            architectures=["Gemma4ForConditionalGeneration"],
+        fields: dict[str, Any] = {
+            "text_config": {**text, "model_type": "gemma4_text"},
+            "vision_config": _vision_fields(dims),
+            "audio_config": None,
+            "tie_word_embeddings": True,
+            "vision_soft_tokens_per_image": 280,
+            "dtype": "bfloat16",
+            "initializer_range": 0.02,
+            "architectures": ["Gemma4ForConditionalGeneration"],
             **_TOKENS,
-        )
+        }
+        config = Gemma4Config(**fields)
     expressed = Dims.from_config(config)
     if expressed != dims:
         index = next(
@@ -237,7 +238,7 @@ def _choose(dims: Dims, model_name: str | None, where: str) -> Preset:
     raise ConfigMismatchError(
         f"{where}: these dimensions are no published Gemma 4's, so sliding window, rope and top-k are unknown. Nearest: "
         f"{nearest}, which differs in {'; '.join(_differences(dims, PRESETS[nearest].dims()))}. Give the model's own "
-        f"configuration (--model HF_DIR --model-loader-extra-config '{{\"checkpoint\": \"…\"}}'), or a model_name "
+        f'configuration (--model HF_DIR --model-loader-extra-config \'{{"checkpoint": "…"}}\'), or a model_name '
         f"({', '.join(PRESETS)}) to take the rest from."
     )
 

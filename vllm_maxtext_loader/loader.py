@@ -146,7 +146,9 @@ class MaxTextModelLoader(BaseModelLoader):
         if checkpoint.plan.dims.experts is None:
             return False
         if asked != "auto":
-            logger.info("per_expert_scale is %s, as asked.", "folded into down_proj" if asked else "left as it is")
+            logger.info(
+                "per_expert_scale is %s, as asked.", "folded into down_proj" if asked else "left as it is"
+            )
             return asked
         if _on_tpu_inference():
             logger.info(
@@ -230,7 +232,9 @@ def _reasons(checkpoint: Checkpoint) -> str:
     return ", ".join(dict.fromkeys(entry.reason for entry in checkpoint.tree.skipped))
 
 
-def _watched(weights: Iterator[tuple[str, torch.Tensor]], given: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
+def _watched(
+    weights: Iterator[tuple[str, torch.Tensor]], given: set[str]
+) -> Iterator[tuple[str, torch.Tensor]]:
     for name, tensor in weights:
         given.add(name)
         yield name, tensor
@@ -256,7 +260,9 @@ def _check_complete(checkpoint: Checkpoint, wanted: set[str], loaded: set[str], 
             f"differently than vllm-maxtext-loader expects."
         )
     if left := sorted(set(checkpoint.plan.targets) - given):
-        raise IncompleteLoadError(f"{where}: {len(left)} tensors were not taken by the engine: {', '.join(left[:8])}.")
+        raise IncompleteLoadError(
+            f"{where}: {len(left)} tensors were not taken by the engine: {', '.join(left[:8])}."
+        )
 
 
 def _on_tpu_inference() -> bool:

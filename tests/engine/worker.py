@@ -56,7 +56,9 @@ def placement_of(llm: Any) -> dict[str, str]:
 
 def bits(array: np.ndarray) -> np.ndarray:
     """The array as integers, so that equality means equality of bits."""
-    return np.ascontiguousarray(array).view({1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}[array.itemsize])
+    return np.ascontiguousarray(array).view(
+        {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}[array.itemsize]
+    )
 
 
 def differences(state: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> dict[str, float]:
@@ -124,10 +126,16 @@ def run(job: dict[str, Any], kept: dict[str, Any]) -> dict[str, Any]:
             good = explained(state, other, job["hidden_size"]) if job.get("folded") else []
             answer["differences"] = {name: share for name, share in found.items() if name not in good}
             answer["explained"] = sorted(set(found) & set(good))
-            answer["placed_elsewhere"] = sorted(k for k in placement if placement[k] != other_placement.get(k))
+            answer["placed_elsewhere"] = sorted(
+                k for k in placement if placement[k] != other_placement.get(k)
+            )
         if "prompts" in job:
-            parameters = SamplingParams(max_tokens=1, temperature=0, logprobs=job["vocab_size"], detokenize=False)
-            outputs = llm.generate([{"prompt_token_ids": p} for p in job["prompts"]], parameters, use_tqdm=False)
+            parameters = SamplingParams(
+                max_tokens=1, temperature=0, logprobs=job["vocab_size"], detokenize=False
+            )
+            outputs = llm.generate(
+                [{"prompt_token_ids": p} for p in job["prompts"]], parameters, use_tqdm=False
+            )
             answer["tokens"] = [list(output.outputs[0].token_ids) for output in outputs]
             answer["logprobs"] = [
                 {str(token): entry.logprob for token, entry in output.outputs[0].logprobs[0].items()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm_maxtext_loader.checkpoint.limits import Backoff, no_progress_seconds, retry_warning, storage_error
 from vllm_maxtext_loader.errors import CheckpointNotFoundError, StorageError
@@ -48,8 +48,7 @@ def list_names(url: str, most: int | None = None) -> list[str]:
             prefix=prefix,
             delimiter="/",
             fields="items(name),prefixes,nextPageToken",
-            timeout=timeout,
-            retry=None,
+            **_once(timeout),
         )
         names = {blob.name for blob in found} | set(found.prefixes)
         return {name.removeprefix(prefix).strip("/") for name in names}
@@ -70,9 +69,7 @@ def is_object(url: str) -> bool:
     Raises:
         StorageError: the storage refuses or does not answer.
     """
-    return _call(
-        "look up", url, lambda bucket, timeout: bucket.blob(split(url)[1]).exists(timeout=timeout, retry=None)
-    )
+    return _call("look up", url, lambda bucket, timeout: bucket.blob(split(url)[1]).exists(**_once(timeout)))
 
 
 def read_object(url: str) -> bytes:
@@ -83,10 +80,13 @@ def read_object(url: str) -> bytes:
         StorageError: the storage refuses or does not answer.
     """
     return _call(
-        "read",
-        url,
-        lambda bucket, timeout: bucket.blob(split(url)[1]).download_as_bytes(timeout=timeout, retry=None),
+        "read", url, lambda bucket, timeout: bucket.blob(split(url)[1]).download_as_bytes(**_once(timeout))
     )
+
+
+def _once(timeout: float) -> dict[str, Any]:
+    """Options of a request that is not repeated by the client itself, which would not say so."""
+    return {"timeout": timeout, "retry": None}
 
 
 def _call[T](what: str, url: str, operation: Callable[[Bucket, float], T]) -> T:
@@ -111,7 +111,7 @@ def _call[T](what: str, url: str, operation: Callable[[Bucket, float], T]) -> T:
     )
     try:
         bucket = _client(os.environ.get("STORAGE_EMULATOR_HOST", "")).bucket(split(url)[0])
-        return attempts(operation)(bucket, max(0.1, limit / _ATTEMPTS_IN_LIMIT))
+        return attempts(operation)(bucket, max(0.1, round(limit / _ATTEMPTS_IN_LIMIT, 1)))
     except exceptions.NotFound as error:
         raise FileNotFoundError(url) from error
     except exceptions.RetryError as error:
@@ -145,14 +145,15 @@ def _client(emulator: str) -> Client:
     """One client per process (and emulator, which tests change): credentials are looked up once."""
     # Else the client asks for the bucket's properties in the background, to label traces nobody takes.
     os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
-    import google.auth
+    from google import auth
+    from google.auth.exceptions import DefaultCredentialsError
     from google.cloud import storage
 
     if emulator:
         return storage.Client(project=None)
     try:
-        credentials, _ = google.auth.default(scopes=["https://www.googleapis.com/auth/devstorage.read_only"])
-    except google.auth.exceptions.DefaultCredentialsError:
+        credentials, _ = auth.default(scopes=["https://www.googleapis.com/auth/devstorage.read_only"])
+    except DefaultCredentialsError:
         if os.environ.get("GOOGLE_APPLICATION_CREDENTIALS"):
             raise
         # As TensorStore does: without credentials, public buckets can still be read.

@@ -167,7 +167,12 @@ def read_tree(location: ItemLocation, context: ts.Context) -> Tree:
             path=path,
             shape=tuple(array.shape),
             dtype=_FLOAT_DTYPES[array.dtype.name],
-            chunks=tuple(array.chunk_layout.read_chunk.shape or array.shape),
+            chunks=tuple(
+                int(step or size)
+                for step, size in zip(
+                    array.chunk_layout.read_chunk.shape or array.shape, array.shape, strict=True
+                )
+            ),
         )
         if leaf.name in leaves:
             raise CorruptMetadataError(

@@ -191,15 +191,30 @@ _VISION_ENCODER = r"vision_encoder\.Gemma4VisionEncoderLayer_0"
 
 CONTAINERS: tuple[Container, ...] = (
     # MaxText 0.2.4 and later (models/gemma4.py Gemma4ScannableBlock): five local layers scanned inside the block.
-    Container(r"decoder\.scanned_blocks\.local_layers", Scope.LAYER, ("block", "local"), "block", "local", "scanned v2"),
-    Container(r"decoder\.scanned_blocks\.global_layer", Scope.LAYER, ("block",), "block", "last", "scanned v2"),
+    Container(
+        r"decoder\.scanned_blocks\.local_layers",
+        Scope.LAYER,
+        ("block", "local"),
+        "block",
+        "local",
+        "scanned v2",
+    ),
+    Container(
+        r"decoder\.scanned_blocks\.global_layer", Scope.LAYER, ("block",), "block", "last", "scanned v2"
+    ),
     # MaxText 0.2.2 and 0.2.3: six slots, each stacked over the blocks.
-    Container(r"decoder\.scanned_blocks\.layers_(\d{1,4})", Scope.LAYER, ("block",), "block", "slot", "scanned v1"),
+    Container(
+        r"decoder\.scanned_blocks\.layers_(\d{1,4})", Scope.LAYER, ("block",), "block", "slot", "scanned v1"
+    ),
     # Layers that do not fill a block.
     Container(r"decoder\.layers_remainder\.local_layers", Scope.LAYER, ("local",), "remainder", "local"),
     Container(r"decoder\.layers_remainder\.layers_(\d{1,4})", Scope.LAYER, (), "remainder", "slot"),
     Container(
-        r"decoder\.(?:layers_remainder\.)?Gemma4DecoderLayerToLinen_(\d{1,4})", Scope.LAYER, (), "remainder", "slot"
+        r"decoder\.(?:layers_remainder\.)?Gemma4DecoderLayerToLinen_(\d{1,4})",
+        Scope.LAYER,
+        (),
+        "remainder",
+        "slot",
     ),
     # scan_layers=false; E2B and E4B always.
     Container(r"decoder\.layers_(\d{1,4})", Scope.LAYER, title="unscanned"),
@@ -293,7 +308,9 @@ class Dims:
             return layer.kv_heads is not None
         if name == "self_attn.v_proj.weight":
             return layer.kv_heads is not None and not layer.k_eq_v
-        if name.startswith(("router.", "experts.")) or name.endswith(("layernorm_1.weight", "layernorm_2.weight")):
+        if name.startswith(("router.", "experts.")) or name.endswith(
+            ("layernorm_1.weight", "layernorm_2.weight")
+        ):
             return self.experts is not None
         return self.ple is not None or "per_layer" not in name
 
@@ -349,7 +366,8 @@ class Dims:
                     head_dim=own.head_dim,
                     kv_heads=None if shares else own.num_key_value_heads,
                     k_eq_v=bool(text.attention_k_eq_v) and not sliding and not shares,
-                    mlp=text.intermediate_size * (2 if text.use_double_wide_mlp and index >= shared_from > 0 else 1),
+                    mlp=text.intermediate_size
+                    * (2 if text.use_double_wide_mlp and index >= shared_from > 0 else 1),
                 )
             )
         experts = text.num_experts if text.enable_moe_block else None

@@ -107,8 +107,14 @@ def read_layouts(leaves: Iterable[Leaf], where: str) -> list[Layout]:
     raws = _match(list(leaves), where)
     if not any(raw.stack_names for raw in raws):
         return [_layout(raws, None, where)]
-    scored = sorted(((_contradictions(raws, axis), axis) for axis in SCAN_AXES), key=lambda pair: len(pair[0]))
-    consistent = [axis for contradictions, axis in sorted(scored, key=lambda s: SCAN_AXES.index(s[1])) if not contradictions]
+    scored = sorted(
+        ((_contradictions(raws, axis), axis) for axis in SCAN_AXES), key=lambda pair: len(pair[0])
+    )
+    consistent = [
+        axis
+        for contradictions, axis in sorted(scored, key=lambda s: SCAN_AXES.index(s[1]))
+        if not contradictions
+    ]
     if not consistent:
         contradictions, axis = scored[0]
         for message in contradictions:
@@ -204,7 +210,9 @@ def _contradictions(raws: list[_Raw], axis: int) -> list[str]:
         for name, size in dims:
             expected = 1 if name == "1" else votes[name].most_common(1)[0][0]
             if size != expected:
-                found.append(f"{name}: {raw.leaf.key} {list(raw.leaf.shape)} has {size}, other leaves have {expected}")
+                found.append(
+                    f"{name}: {raw.leaf.key} {list(raw.leaf.shape)} has {size}, other leaves have {expected}"
+                )
     return sorted(found, key=lambda message: not message.startswith("stack"))
 
 
@@ -229,16 +237,20 @@ def _layout(raws: list[_Raw], axis: int | None, where: str) -> Layout:
             has_global = True
     period = len(slots) or local + has_global
     if slots and slots != set(range(period)):
-        raise LayoutError(f"{where}: scanned_blocks has slots {sorted(slots)}; expected 0 to {max(slots)} without holes.")
+        raise LayoutError(
+            f"{where}: scanned_blocks has slots {sorted(slots)}; expected 0 to {max(slots)} without holes."
+        )
     placed = [_place(raw, axis, blocks, period, where) for raw in raws]
-    found = {
-        int(layer) for entry in placed if entry.rule.scope is Scope.LAYER for layer in entry.layers.flat
-    }
+    found = {int(layer) for entry in placed if entry.rule.scope is Scope.LAYER for layer in entry.layers.flat}
     count = max(found) + 1
     if count > MOST_LAYERS:
-        raise LayoutError(f"{where}: the shapes say that there are {count} layers; expected at most {MOST_LAYERS}.")
+        raise LayoutError(
+            f"{where}: the shapes say that there are {count} layers; expected at most {MOST_LAYERS}."
+        )
     if missing := sorted(set(range(count)) - found):
-        raise LayoutError(f"{where}: has leaves for {len(found)} layers up to {count - 1}, but none for layers {missing}.")
+        raise LayoutError(
+            f"{where}: has leaves for {len(found)} layers up to {count - 1}, but none for layers {missing}."
+        )
     titles = [raw.container.title for raw in raws if raw.container and raw.container.title]
     return Layout(
         title=titles[0] if titles else "remainder only",
@@ -263,7 +275,9 @@ def _place(raw: _Raw, axis: int | None, blocks: int, period: int, where: str) ->
         )
     layers = np.zeros(sizes, np.int64)
     for position, name in enumerate(container.stack):
-        index = np.arange(sizes[position]).reshape([-1 if other == position else 1 for other in range(len(sizes))])
+        index = np.arange(sizes[position]).reshape(
+            [-1 if other == position else 1 for other in range(len(sizes))]
+        )
         layers = layers + (index * period if name == "block" else index)
     if container.first == "remainder":
         layers = layers + period * blocks

@@ -164,7 +164,9 @@ def _plan(layout: Layout, wanted: Dims | None, where: str) -> Plan:
             notes.append("the configuration has a vision tower, the checkpoint has none: text only")
             wanted = dataclasses.replace(wanted, vision=None)
         if found.vocab > wanted.vocab:
-            notes.append(f"{found.vocab - wanted.vocab} rows beyond vocab_size {wanted.vocab} are padding: dropped")
+            notes.append(
+                f"{found.vocab - wanted.vocab} rows beyond vocab_size {wanted.vocab} are padding: dropped"
+            )
         _compare(found, wanted, where)
         dims = wanted
     dtypes: dict[str, np.dtype] = {}
@@ -249,7 +251,9 @@ def _compare(found: Dims, wanted: Dims, where: str) -> None:
                     break
     if wanted.vision is not None and found.vision is not None:
         for field in dataclasses.fields(wanted.vision):
-            differ(f"vision {field.name}", getattr(wanted.vision, field.name), getattr(found.vision, field.name))
+            differ(
+                f"vision {field.name}", getattr(wanted.vision, field.name), getattr(found.vision, field.name)
+            )
     if differences:
         raise ConfigMismatchError(
             f"{where}: the Hugging Face configuration is not this checkpoint's: {'; '.join(differences)}. Use the "
@@ -284,13 +288,22 @@ def _check_shape(entry: Placed, dims: Dims, where: str) -> None:
             full = list(expected)
             for position, size in zip(entry.stack, entry.layers.shape, strict=True):
                 full.insert(position, size)
-            axes = ", ".join(f"{name} = {DIMENSIONS[name]}" for name in move.maxtext_axes if name in DIMENSIONS)
+            axes = ", ".join(
+                f"{name} = {DIMENSIONS[name]}" for name in move.maxtext_axes if name in DIMENSIONS
+            )
             raise WrongShapeError(
                 f"{where}: leaf {leaf.key} has shape {list(leaf.shape)}, expected {full} "
                 f"({' '.join(move.maxtext_axes)}{' stacked' if entry.stack else ''}; {axes})."
             )
         # All layers of one leaf have one shape; two kinds of layer in it would show in the second.
-        if len({dims.layers[int(layer)] for layer in entry.layers.flat} if entry.rule.scope is Scope.LAYER else ()) <= 1:
+        if (
+            len(
+                {dims.layers[int(layer)] for layer in entry.layers.flat}
+                if entry.rule.scope is Scope.LAYER
+                else ()
+            )
+            <= 1
+        ):
             return
 
 

@@ -51,10 +51,14 @@ def read_dims(layout: Layout, where: str) -> Dims:
     shared_from = count
     # Only trailing layers share keys and values, and only beside per-layer embeddings (E2B, E4B).
     if maybe("P") is not None:
-        while shared_from > 0 and not {
-            ("self_attn.k_proj.weight", shared_from - 1),
-            ("self_attn.k_norm.weight", shared_from - 1),
-        } & present:
+        while (
+            shared_from > 0
+            and not {
+                ("self_attn.k_proj.weight", shared_from - 1),
+                ("self_attn.k_norm.weight", shared_from - 1),
+            }
+            & present
+        ):
             shared_from -= 1
     head_dims = [get("D", layer) for layer in range(count)]
     sliding = _sliding(layout, head_dims, present, shared_from)
@@ -75,7 +79,9 @@ def read_dims(layout: Layout, where: str) -> Dims:
     experts = maybe("E")
     expert_mlp = maybe("F") or (maybe("G") or 0) // 2
     if experts and not expert_mlp:
-        raise MissingLeafError(f"{where}: has a router for {experts} experts, but no expert weights (wi_0, wi_1, wo).")
+        raise MissingLeafError(
+            f"{where}: has a router for {experts} experts, but no expert weights (wi_0, wi_1, wo)."
+        )
     return Dims(
         vocab=get("V"),
         hidden=get("H"),

@@ -11,7 +11,7 @@ import functools
 import importlib.metadata
 from collections.abc import Callable
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm_maxtext_loader.errors import EngineError
 from vllm_maxtext_loader.plugin import LOAD_FORMAT
@@ -57,7 +57,7 @@ def enforce_vllm_model(module: ModuleType) -> None:
             )
         return "vllm"
 
-    module.resolve_model_impl_type = resolve_model_impl_type
+    vars(module)["resolve_model_impl_type"] = resolve_model_impl_type
 
 
 def release_finished_layers(model: nn.Module) -> None:
@@ -70,9 +70,9 @@ def release_finished_layers(model: nn.Module) -> None:
     from tpu_inference.models.vllm.vllm_model_loader import attach_incremental_weight_loader
 
     for module in model.modules():
-        method = getattr(module, "quant_method", None)
+        method: Any = getattr(module, "quant_method", None)
         if isinstance(method, VllmQuantizationMethod):
-            method.process_weights_after_loading = _once(method.process_weights_after_loading)
+            vars(method)["process_weights_after_loading"] = _once(method.process_weights_after_loading)
     attach_incremental_weight_loader(model)
 
 

@@ -21,7 +21,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,9 +49,6 @@ from vllm_maxtext_loader.checkpoint.reader import Box, Piece
 from vllm_maxtext_loader.conversion.convert import ScaleStore, cast, layer_of, transform
 from vllm_maxtext_loader.conversion.gemma4 import Scope, Value
 from vllm_maxtext_loader.conversion.plan import LeafPlan, Plan, Write
-
-if TYPE_CHECKING:
-    from tpu_inference.layers.vllm.quantization.configs import VllmQuantLinearConfig
 
 Grid = Any
 """Pieces of one array, as nested lists along its axes; a pytree, so that it can be an argument of a jitted function."""
@@ -127,7 +124,8 @@ class DirectPlacer:
                 # What is still to be computed with is rounded once, afterwards.
                 folds = self.fold and entry.rule.value is Value.EXPERT_OUTPUT
                 values = np.ascontiguousarray(values if folds else cast(values, self.dtype))
-                slot.pieces.append((box, general_device_put(values, _spread(values.shape, job.mesh))))
+                sharding = _spread(values.shape, job.mesh)
+                slot.pieces.append((box, general_device_put(values, sharding)))  # pyright: ignore[reportArgumentType]
         if not piece.last:
             return
         for write in entry.writes:
@@ -171,7 +169,7 @@ class DirectPlacer:
         for leaf in leaves:
             self._jobs[layer, leaf] = job
 
-    def _decoder_layer(self, layer: Gemma4DecoderLayer, present: set[str], names: dict[int, str]) -> None:
+    def _decoder_layer(self, layer: Any, present: set[str], names: dict[int, str]) -> None:
         """Jobs for the linear layers and the experts of one decoder layer."""
         index = layer.layer_idx
         mlp = "mlp.moe_block.shared_experts" if layer.enable_moe_block else "mlp"
@@ -193,7 +191,12 @@ class DirectPlacer:
             self._experts(index, layer.experts.routed_experts, present, names)
 
     def _linear(
-        self, layer: int, module: nn.Module, leaves: tuple[str, ...], order: tuple[str, ...], names: dict[int, str]
+        self,
+        layer: int,
+        module: Any,
+        leaves: tuple[str, ...],
+        order: tuple[str, ...],
+        names: dict[int, str],
     ) -> None:
         """Job for a linear layer.
 
@@ -204,11 +207,11 @@ class DirectPlacer:
             order: leaf of each of its packed outputs, in order.
             names: module names by identity.
         """
-        method = module.quant_method
+        method: Any = module.quant_method
         # A subclass may requantize while loading: those layers take the usual way.
         if type(method) is not VllmUnquantizedLinearMethod or getattr(module, "bias", None) is not None:
             return
-        config: VllmQuantLinearConfig = method.linear_config
+        config = method.linear_config
         replicas = getattr(module, "num_kv_head_replicas", 1)
         build = _linear_function(
             config.mesh,
@@ -230,12 +233,12 @@ class DirectPlacer:
         job = _Job((f"{names[id(module)]}.weight",), {leaf: _Slot() for leaf in leaves}, finish, config.mesh)
         self._add(layer, leaves, job)
 
-    def _experts(self, layer: int, module: nn.Module, present: set[str], names: dict[int, str]) -> None:
+    def _experts(self, layer: int, module: Any, present: set[str], names: dict[int, str]) -> None:
         """Jobs for the routed experts of a layer: gate and up (in one leaf, `wi`, or in two), and down.
 
         They are finished one after the other, so that the pieces of one are gone before those of the other come.
         """
-        method = module.quant_method
+        method: Any = module.quant_method
         if type(method) is not VllmUnquantizedFusedMoEMethod or method.moe.has_bias:
             return
         prefix = "mlp.moe_block.MoeBlock_0"
@@ -248,9 +251,9 @@ class DirectPlacer:
             self._add(layer, leaves, job)
 
     def _finish_experts(
-        self, layer: int, module: nn.Module, leaves: tuple[str, ...], weight: str, grids: dict[str, Grid]
+        self, layer: int, module: Any, leaves: tuple[str, ...], weight: str, grids: dict[str, Grid]
     ) -> None:
-        method = module.quant_method
+        method: Any = module.quant_method
         is_down = weight == "w2_weight"
         scales = self.scales.get(layer, slice(None)) if self.fold and is_down else None
         _forget(module, weight)
@@ -261,10 +264,10 @@ class DirectPlacer:
         setattr(module, weight, Parameter(getattr(made, weight), requires_grad=False))
         method.process_weights_after_loading = _nothing_left
 
-    def _embedding(self, model: Gemma4ForCausalLM, names: dict[int, str]) -> None:
+    def _embedding(self, model: Any, names: dict[int, str]) -> None:
         """Job for the embedding; the tied output head shares its array instead of holding a copy."""
         embed, head = model.model.embed_tokens, model.lm_head
-        method = embed.quant_method
+        method: Any = embed.quant_method
         tied = head.weight is embed.weight and isinstance(head.quant_method, VllmUnquantizedEmbeddingMethod)
         if not tied or type(method) is not VllmUnquantizedEmbeddingMethod:
             return
@@ -293,7 +296,7 @@ def _nothing_left(layer: nn.Module) -> None:
     """Stands for process_weights_after_loading of a layer that is in its final form."""
 
 
-def _forget(module: nn.Module, name: str) -> None:
+def _forget(module: Any, name: str) -> None:
     """Frees a torch parameter, as tpu-inference does once it has its own copy."""
     getattr(module, name).untyped_storage().resize_(0)
     delattr(module, name)
@@ -312,7 +315,7 @@ def _spread(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
 
 def _grid(pieces: list[tuple[Box, jax.Array]], axis: int = 0) -> Grid:
     """Arranges pieces as nested lists, one level per axis, by where they start; a lone piece as it is."""
-    if axis == 0 and len(pieces) == 1 or axis == len(pieces[0][0]):
+    if (axis == 0 and len(pieces) == 1) or axis == len(pieces[0][0]):
         return pieces[0][1]
     rows: dict[int, list[tuple[Box, jax.Array]]] = {}
     for box, array in pieces:
@@ -372,7 +375,10 @@ def _experts_function(
         given = jnp.swapaxes(experts.astype(dtype), 1, 2)
         count, out, inner = given.shape
         other = (count, inner, out // 2) if weight == "w13_weight" else (count, 2 * inner, out)
-        both = {weight: given, "w2_weight" if weight == "w13_weight" else "w13_weight": jnp.zeros(other, dtype)}
+        both = {
+            weight: given,
+            "w2_weight" if weight == "w13_weight" else "w13_weight": jnp.zeros(other, dtype),
+        }
         made = process_unquantized_moe_weights(
             mesh=mesh, moe_backend=backend, activation=activation, w13_bias=None, w2_bias=None, **both
         )
