@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Case, cases, read_orbax, write_orbax
+from conftest import Case, Tree, cases, read_orbax, write_orbax
 
 from vllm_maxtext_loader import open_checkpoint
 
@@ -113,3 +113,78 @@ def test_run_directory_means_the_newest_step_and_items_are_found_from_everywhere
     items = cases()["moe_v2"].items
     for path in (items, items.parent, items.parent.parent, str(items) + "/"):
         assert open_checkpoint(path).location.items.url == str(items)
+
+
+def _values(tree: Tree, leaf: Callable[[np.ndarray], object]) -> Tree:
+    return {
+        name: _values(value, leaf) if isinstance(value, dict) else leaf(value) for name, value in tree.items()
+    }
+
+
+def _nnx(params: Tree) -> Tree:
+    """An NNX state as Tunix saves it: every leaf under "value", random number state mixed in."""
+    tree = _values(params, lambda array: {"value": array})
+    rngs = {
+        "dropout": {"key": {"value": np.zeros(2, np.uint32)}, "count": {"value": np.zeros((), np.uint32)}}
+    }
+    tree["decoder"]["layers_remainder"] = {"rngs": rngs}
+    return tree
+
+
+def _train_state(params: Tree) -> Tree:
+    moments = _values(params, lambda array: np.zeros(array.shape, np.float32))
+    adam = {"count": np.zeros((), np.int32), "mu": {"params": moments}, "nu": {"params": moments}}
+    return {"params": {"params": params}, "opt_state": [adam, None, {"count": np.zeros((), np.int32)}]}
+
+
+WRITERS: dict[str, tuple[str, Callable[[Tree], Tree], str]] = {
+    "bare params": ("items", lambda params: {"params": params}, "Linen (bare params)"),
+    "Tunix SFT": ("model_params", _nnx, "NNX (Tunix SFT)"),
+    "Tunix RL": ("model_params", lambda params: {"base": _nnx(params)}, "NNX (Tunix RL)"),
+    "training": ("items", _train_state, "Linen (MaxText train state)"),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_every_wrapper(writer: str, tmp_path: Path, twin: Callable[[str], Path]) -> None:
+    """The same weights in the trees of other writers, written by Orbax: the same tensors, and the rest is not read."""
+    item, wrap, title = WRITERS[writer]
+    params = read_orbax(cases()["dense_v2"].items)["params"]["params"]
+    items = write_orbax(tmp_path / "3", wrap(params), item=item)
+    checkpoint = open_checkpoint(items.parent)
+    assert checkpoint.tree.wrapper == title
+    skipped = {entry.reason for entry in checkpoint.tree.skipped}
+    if writer == "training":
+        assert checkpoint.tree.skipped_nbytes > 2 * checkpoint.tree.nbytes
+        assert skipped == {"optimizer state"}
+    elif writer != "bare params":
+        assert skipped == {"random number state"}
+    expected = safetensors_torch.load_file(twin("dense_v2") / "model.safetensors")
+    _equal_to_twin(dict(checkpoint.hf_weights()), expected)
+
+
+def test_float32_masters_are_rounded_once(tmp_path: Path, twin: Callable[[str], Path]) -> None:
+    tree = read_orbax(cases()["moe_v2"].items)
+    tree["params"] = _values(tree["params"], lambda array: array.astype(np.float32))
+    checkpoint = open_checkpoint(write_orbax(tmp_path / "0", tree))
+    expected = safetensors_torch.load_file(twin("moe_v2") / "model.safetensors")
+    assert {weight.dtype for _, weight in checkpoint.hf_weights()} == {torch.float32}
+    _equal_to_twin(dict(checkpoint.hf_weights(dtype=torch.bfloat16)), expected)
+
+
+def test_padded_vocabulary_is_dropped(tmp_path: Path, twin: Callable[[str], Path]) -> None:
+    tree = read_orbax(cases()["dense_v2"].items)
+    embedder = tree["params"]["params"]["token_embedder"]
+    embedder["embedding"] = np.concatenate([embedder["embedding"], np.zeros_like(embedder["embedding"][:64])])
+    items = write_orbax(tmp_path / "0", tree)
+    expected = safetensors_torch.load_file(twin("dense_v2") / "model.safetensors")
+    _equal_to_twin(dict(open_checkpoint(items).hf_weights()), expected)
+
+
+def test_prefused_experts(tmp_path: Path, twin: Callable[[str], Path]) -> None:
+    tree = read_orbax(cases()["moe_v2"].items)
+    for layers in tree["params"]["params"]["decoder"]["scanned_blocks"].values():
+        block = layers["mlp"]["moe_block"]["MoeBlock_0"]
+        block["wi"] = np.concatenate([block.pop("wi_0"), block.pop("wi_1")], axis=-1)
+    expected = safetensors_torch.load_file(twin("moe_v2") / "model.safetensors")
+    _equal_to_twin(dict(open_checkpoint(write_orbax(tmp_path / "0", tree)).hf_weights()), expected)

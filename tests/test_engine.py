@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import cases
+from conftest import FIXTURES, cases
 
 pytest.importorskip("tpu_inference")
 torch = pytest.importorskip("torch")
@@ -170,17 +170,31 @@ def test_log_says_what_was_loaded_and_assumed(parallel: dict[str, Any]) -> None:
     assert "2332" in folding
 
 
+SPOKEN = [name for name in ("dense_v2", "moe_v2", "e2b") if name in cases()]
+GOLDEN_LENGTHS = (5, 24, 40)
+
+
+def has_golden(name: str) -> bool:
+    """Whether MaxText's own log-probs are stored for a fixture (tests/fixtures/make_golden.py)."""
+    return (FIXTURES / name / "golden.npz").exists()
+
+
+def golden_prompts(name: str) -> list[list[int]]:
+    """Beginnings of the golden token ids: within the sliding window, and beyond it."""
+    tokens = np.load(FIXTURES / name / "golden.npz")["tokens"].tolist()
+    return [tokens[:length] for length in GOLDEN_LENGTHS]
+
+
 @pytest.fixture(scope="module")
 def spoken(twin: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the engine says after prompts shorter and longer than the sliding window; and loads that must fail."""
     jobs: list[dict[str, Any]] = []
-    for name in ("dense_v2", "moe_v2", "e2b"):
-        if name not in cases():
-            continue
+    for name in SPOKEN:
         extra = {"checkpoint": str(cases()[name].items)}
         vocab_size = _config(twin(name))["vocab_size"]
         arguments = {"load_format": "maxtext", "model_loader_extra_config": extra, "max_logprobs": vocab_size}
-        job = {"name": name, "model": str(twin(name)), "arguments": arguments, "prompts": PROMPTS}
+        prompts = [*PROMPTS, *(golden_prompts(name) if has_golden(name) else [])]
+        job = {"name": name, "model": str(twin(name)), "arguments": arguments, "prompts": prompts}
         jobs.append({**job, "vocab_size": vocab_size})
     vocab_size = _config(twin("moe_v2"))["vocab_size"]
     moe = {
@@ -260,7 +274,7 @@ def _config(directory: Path) -> dict[str, Any]:
     return json.loads((directory / "config.json").read_text())
 
 
-@pytest.mark.parametrize("name", [name for name in ("dense_v2", "moe_v2", "e2b") if name in cases()])
+@pytest.mark.parametrize("name", SPOKEN)
 def test_logprobs_are_transformers_float32(
     spoken: dict[str, Any], twin: Callable[[str], Path], name: str
 ) -> None:
@@ -271,7 +285,18 @@ def test_logprobs_are_transformers_float32(
         _config(twin(name))["num_hidden_layers"], float(np.mean([np.std(row) for row in reference]))
     )
     assert {len(row) for row in answer["logprobs"]} == {_config(twin(name))["vocab_size"]}
-    assert distance(answer["logprobs"], reference) < limit
+    assert distance(answer["logprobs"][: len(PROMPTS)], reference) < limit
+
+
+@pytest.mark.parametrize("name", [name for name in SPOKEN if has_golden(name)])
+def test_logprobs_are_maxtexts_own(spoken: dict[str, Any], twin: Callable[[str], Path], name: str) -> None:
+    """The last truth: MaxText's own forward pass, in float32, on the same checkpoint and token ids."""
+    golden = np.load(FIXTURES / name / "golden.npz")
+    reference = [golden["log_probs"][length - 1] for length in GOLDEN_LENGTHS]
+    limit = bound(
+        _config(twin(name))["num_hidden_layers"], float(np.mean([np.std(row) for row in reference]))
+    )
+    assert distance(spoken[name]["logprobs"][len(PROMPTS) :], reference) < limit
 
 
 def _swap_gate_and_up(model: Any) -> None:
@@ -307,7 +332,8 @@ def test_bound_catches_mistakes(
     limit = bound(
         _config(twin("moe_v2"))["num_hidden_layers"], float(np.mean([np.std(row) for row in reference]))
     )
-    assert distance(spoken["moe_v2"]["logprobs"], reference_logprobs(twin("moe_v2"), mistake)) > limit
+    said = spoken["moe_v2"]["logprobs"][: len(PROMPTS)]
+    assert distance(said, reference_logprobs(twin("moe_v2"), mistake)) > limit
 
 
 def test_unfolded_scale_is_lost_on_tpu_inference(spoken: dict[str, Any], twin: Callable[[str], Path]) -> None:
