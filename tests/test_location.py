@@ -13,10 +13,9 @@ from pathlib import Path
 import gcs
 import pytest
 from conftest import FIXTURES
-from damage import unprivileged
+from damage import CASE, Place, unprivileged
 
 from vllm_maxtext_loader import errors
-from vllm_maxtext_loader.checkpoint.limits import no_progress_seconds, redact
 from vllm_maxtext_loader.checkpoint.location import (
     COMMIT_FILE,
     STEP_METADATA,
@@ -25,31 +24,6 @@ from vllm_maxtext_loader.checkpoint.location import (
     locate,
 )
 from vllm_maxtext_loader.checkpoint.storage import Location
-
-CASE = "moe_v2"
-
-
-class Place:
-    """A directory tree, on the disk, and (where the place is a bucket) copied there before it is named."""
-
-    def __init__(self, root: Path, prefix: str | None) -> None:
-        self.root = root
-        self.prefix = prefix
-
-    @property
-    def is_remote(self) -> bool:
-        return self.prefix is not None
-
-    def url(self, *parts: str) -> str:
-        """What a user would type for a path below the root; copies the tree first."""
-        if self.prefix is None:
-            return str(self.root.joinpath(*parts))
-        gcs.shared()[0].upload(self.root, gcs.BUCKET, f"{self.prefix}/")
-        return "/".join([f"gs://{gcs.BUCKET}/{self.prefix}", *parts])
-
-    def step(self, name: str = "0", *, parent: str = "run") -> Path:
-        """Adds a step of the run, as MaxText wrote it."""
-        return Path(shutil.copytree(FIXTURES / CASE / "checkpoints/0", self.root / parent / name))
 
 
 @pytest.fixture(params=["disk", "bucket"])
@@ -389,49 +363,6 @@ def test_step_deleted_while_steps_are_looked_at(tmp_path: Path) -> None:
         assert locate(run).step == 1
         with pytest.raises(errors.StepNotFoundError):
             locate(run, 2)
-
-
-@pytest.mark.parametrize("value", ["0", "-1", "soon", "nan", "inf"])
-def test_time_limit_must_be_a_number(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
-    monkeypatch.setenv("VLLM_MAXTEXT_TIMEOUT", value)
-    with pytest.raises(
-        errors.StorageError, match=f"VLLM_MAXTEXT_TIMEOUT must be a number of seconds > 0, found '{value}'"
-    ):
-        no_progress_seconds()
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "https://storage.googleapis.com/b/o?X-Goog-Signature=SECRET&X-Goog-Credential=SECRET%2F2026",
-        "https://storage.googleapis.com/b/o?GoogleAccessId=SECRET&Expires=1&Signature=SECRET",
-        "https://storage.googleapis.com/storage/v1/b?alt=json&key=SECRET",
-        "grant_type=x&refresh_token=SECRET&client_secret=SECRET",
-        "Authorization: Bearer SECRET.x-y_z",
-        "token ya29.SECRET_abc-def",
-        '{"refresh_token": "SECRET", "client_secret": "SECRET"}',
-        "https://me:SECRET@proxy:3128/",
-        "-----BEGIN PRIVATE KEY-----\nSECRET\n-----END PRIVATE KEY-----",
-    ],
-)
-def test_credentials_are_left_out(text: str) -> None:
-    assert "SECRET" not in redact(text)
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["leaf self_attention.key: 3 requests failed", "token_embedder.embedding", "gs://bucket/key=1/items"],
-)
-def test_names_of_leaves_are_no_credentials(text: str) -> None:
-    assert redact(text) == text
-
-
-def test_credentials_file_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
-    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "key.json"))
-    with pytest.raises(errors.StorageError) as raised:
-        locate("gs://some-bucket/run")
-    assert_says(raised.value, "cannot list gs://some-bucket/run", "key.json", "gcloud auth")
 
 
 def assert_says(error: Exception, *parts: str) -> None:

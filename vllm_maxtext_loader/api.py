@@ -75,7 +75,7 @@ class Checkpoint:
         """
         from vllm_maxtext_loader.hf_config import make_config
 
-        return make_config(self._trimmed().dims, self.model_name, self.plan.where)
+        return make_config(self.trimmed_plan().dims, self.model_name, self.plan.where)
 
     def hf_weights(
         self,
@@ -101,7 +101,7 @@ class Checkpoint:
             ReadError: a chunk is missing, truncated or corrupt.
             StorageError: the storage refuses or does not answer.
         """
-        plan = self._trimmed()
+        plan = self.trimmed_plan()
         pieces = read_pieces(
             [entry.leaf for entry in plan.leaves],
             self.tree.arrays,
@@ -120,7 +120,7 @@ class Checkpoint:
         ):
             yield name, to_torch(array)
 
-    def _trimmed(self) -> Plan:
+    def trimmed_plan(self) -> Plan:
         """The plan, without vocabulary rows that are padding.
 
         With a configuration its vocab_size decides. Without one, rows past the published vocabulary, or zero rows

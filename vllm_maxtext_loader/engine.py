@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 
+from vllm_maxtext_loader.conversion.compare import reconcile
+from vllm_maxtext_loader.conversion.gemma4 import Dims
 from vllm_maxtext_loader.errors import CheckpointNotFoundError, EngineError, NotACheckpointError
 from vllm_maxtext_loader.options import Options
 from vllm_maxtext_loader.plugin import LOAD_FORMAT
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig
     from vllm.engine.arg_utils import EngineArgs
 
-    from vllm_maxtext_loader.api import Checkpoint
+    from vllm_maxtext_loader.probe import Probe
 
 logger = init_logger("vllm." + __name__)
 
@@ -75,7 +77,7 @@ def wrap_engine_args(engine_args: type[EngineArgs]) -> None:
         if _serve_as_text(self, checkpoint, model_config):
             model_config = create_model_config(self)
         # Contradictions show here, in the user's terminal, before a process is started.
-        checkpoint.with_config(model_config.hf_config)
+        reconcile(checkpoint.dims, Dims.from_config(model_config.hf_config), checkpoint.items)
         return model_config
 
     engine_args.create_engine_config = wrapped_engine_config  # type: ignore[method-assign]
@@ -86,11 +88,11 @@ def _is_ours(args: EngineArgs) -> bool:
     return str(args.load_format).lower() == LOAD_FORMAT
 
 
-def _prepare(args: EngineArgs) -> Checkpoint:
+def _prepare(args: EngineArgs) -> Probe:
     """Opens the checkpoint and makes `model` a directory vLLM understands; once per EngineArgs."""
     if (done := getattr(args, _PREPARED, None)) is not None:
         return done
-    from vllm_maxtext_loader.api import open_checkpoint
+    from vllm_maxtext_loader.probe import probe
 
     check_vllm_version()
     _check_model_impl()
@@ -98,8 +100,8 @@ def _prepare(args: EngineArgs) -> Checkpoint:
     options = Options.parse(extra if isinstance(extra, dict) else None)
     source = options.checkpoint or args.model
     try:
-        checkpoint = open_checkpoint(
-            source, step=options.step, model_name=options.model_name, concurrent_gib=options.concurrent_gib
+        checkpoint = probe(
+            source, options.step, trim=options.checkpoint is None and args.hf_config_path is None
         )
     except (CheckpointNotFoundError, NotACheckpointError) as error:
         if options.checkpoint is None and _is_hugging_face(args.model):
@@ -109,7 +111,7 @@ def _prepare(args: EngineArgs) -> Checkpoint:
             ) from error
         raise
     # All processes and hosts must load the same step, whatever is committed meanwhile.
-    args.model_loader_extra_config = {**(extra or {}), "checkpoint": checkpoint.location.items.url}
+    args.model_loader_extra_config = {**(extra or {}), "checkpoint": checkpoint.items}
     if options.checkpoint is None:
         if args.tokenizer is None and not args.skip_tokenizer_init:
             raise EngineError(
@@ -118,7 +120,7 @@ def _prepare(args: EngineArgs) -> Checkpoint:
             )
         if args.served_model_name is None:
             args.served_model_name = [args.model]
-        args.model = args.hf_config_path or str(write_config_dir(checkpoint))
+        args.model = args.hf_config_path or str(write_config_dir(checkpoint, options.model_name))
     setattr(args, _PREPARED, checkpoint)
     return checkpoint
 
@@ -145,41 +147,43 @@ def _is_hugging_face(model: str) -> bool:
     )
 
 
-def _serve_as_text(args: EngineArgs, checkpoint: Checkpoint, model_config: ModelConfig) -> bool:
+def _serve_as_text(args: EngineArgs, checkpoint: Probe, model_config: ModelConfig) -> bool:
     """Chooses the text-only architecture where the checkpoint has no vision tower but the configuration has.
 
     Returns:
         True where `hf_overrides` was changed and the configuration must be made again.
     """
     config = model_config.hf_config
-    if checkpoint.plan.dims.vision is not None or getattr(config, "vision_config", None) is None:
+    if checkpoint.dims.vision is not None or getattr(config, "vision_config", None) is None:
         return False
     if config.architectures == ["Gemma4ForCausalLM"]:
         return False
     if callable(args.hf_overrides):
         raise EngineError(
-            f"{checkpoint.plan.where}: has no vision tower, but the configuration has. Let hf_overrides set "
+            f"{checkpoint.items}: has no vision tower, but the configuration has. Let hf_overrides set "
             f'architectures to ["Gemma4ForCausalLM"].'
         )
     logger.warning(
         "%s has no vision tower: serving text only (Gemma4ForCausalLM), though the configuration is multimodal.",
-        checkpoint.plan.where,
+        checkpoint.items,
     )
     args.hf_overrides = {**args.hf_overrides, "architectures": ["Gemma4ForCausalLM"]}
     return True
 
 
-def write_config_dir(checkpoint: Checkpoint) -> Path:
+def write_config_dir(checkpoint: Probe, model_name: str | None) -> Path:
     """A directory with the checkpoint's config.json, for vLLM to take as `model`.
 
     Its name is a digest of its content, so that restarts and several engines share it.
 
     Raises:
-        ConfigMismatchError: no configuration can be made; see `Checkpoint.hf_config`.
+        ConfigMismatchError: no configuration can be made; see `hf_config.make_config`.
     """
     import vllm.envs
 
-    config = checkpoint.hf_config()
+    from vllm_maxtext_loader.hf_config import make_config
+
+    config = make_config(checkpoint.dims, model_name, checkpoint.items)
     text = json.dumps(config.to_dict(), indent=2, sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     directory = Path(vllm.envs.VLLM_CACHE_ROOT) / "maxtext" / digest

@@ -115,7 +115,7 @@ def export(
     target_dir = _free_place(out)
     copied = _tokenizer_files(tokenizer)
     settings, generation, checkpoint, notes = _configuration(checkpoint, config)
-    plan = checkpoint._trimmed()
+    plan = checkpoint.trimmed_plan()
     wanted = DTYPES[dtype]
     set_dtype(settings, _main_dtype(plan, wanted))
     with _directory_beside(target_dir) as directory:

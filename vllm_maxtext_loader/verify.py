@@ -173,7 +173,7 @@ def verify(
             f"{hf.config_file} is not used: its last layer is no full-attention layer; transformers would "
             f"make it one."
         )
-    plan = checkpoint._trimmed()
+    plan = checkpoint.trimmed_plan()
     rows: dict[str, Row] = {}
     pairs: dict[str, tuple[Row, np.ndarray]] = {}
     hf_has_vision = any(name.startswith(_VISION) for name in hf.tensors)

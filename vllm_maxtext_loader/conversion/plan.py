@@ -13,11 +13,11 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from vllm_maxtext_loader.checkpoint.tree import Leaf, Tree
+from vllm_maxtext_loader.conversion.compare import reconcile
 from vllm_maxtext_loader.conversion.gemma4 import DIMENSIONS, RULES, Dims, Rule, Scope, Value
 from vllm_maxtext_loader.conversion.layout import Layout, Placed, describe, read_layouts
 from vllm_maxtext_loader.conversion.shapes import read_dims
 from vllm_maxtext_loader.errors import (
-    ConfigMismatchError,
     LayoutError,
     MaxTextLoadError,
     MissingLeafError,
@@ -154,20 +154,11 @@ def _plan(layout: Layout, wanted: Dims | None, where: str) -> Plan:
     if wanted is None:
         dims = found
     else:
-        if found.vision is not None and wanted.vision is None:
+        found, wanted, notes = reconcile(found, wanted, where)
+        if found.vision is None:
             vision = [entry for entry in placed if entry.rule.scope in (Scope.VISION, Scope.VISION_LAYER)]
             placed = [entry for entry in placed if entry not in vision]
             unused += [(entry.leaf, "vision tower; the configuration is text-only") for entry in vision]
-            notes.append("the checkpoint has a vision tower, the configuration has none: it is not loaded")
-            found = dataclasses.replace(found, vision=None)
-        if found.vision is None and wanted.vision is not None:
-            notes.append("the configuration has a vision tower, the checkpoint has none: text only")
-            wanted = dataclasses.replace(wanted, vision=None)
-        if found.vocab > wanted.vocab:
-            notes.append(
-                f"{found.vocab - wanted.vocab} rows beyond vocab_size {wanted.vocab} are padding: dropped"
-            )
-        _compare(found, wanted, where)
         dims = wanted
     dtypes: dict[str, np.dtype] = {}
     parts: dict[str, set[int | None]] = {}
@@ -214,58 +205,6 @@ def _plan(layout: Layout, wanted: Dims | None, where: str) -> Plan:
         unused=tuple(unused),
         notes=tuple(notes),
     )
-
-
-def _compare(found: Dims, wanted: Dims, where: str) -> None:
-    """Refuses a configuration that contradicts the shapes, naming both numbers.
-
-    Raises:
-        ConfigMismatchError: with every difference.
-    """
-    differences: list[str] = []
-
-    def differ(name: str, config: object, checkpoint: object) -> None:
-        if config != checkpoint:
-            differences.append(f"{name}: configuration {config}, checkpoint {checkpoint}")
-
-    differ("num_hidden_layers", len(wanted.layers), len(found.layers))
-    differ("hidden_size", wanted.hidden, found.hidden)
-    differ("num_attention_heads", wanted.heads, found.heads)
-    differ("num_experts", wanted.experts, found.experts)
-    differ("moe_intermediate_size", wanted.expert_mlp, found.expert_mlp)
-    differ("hidden_size_per_layer_input", wanted.ple, found.ple)
-    differ("vocab_size_per_layer_input", wanted.ple_vocab, found.ple_vocab)
-    if wanted.vocab > found.vocab:
-        differ("vocab_size", wanted.vocab, found.vocab)
-    if len(wanted.layers) == len(found.layers):
-        for name, field in (
-            ("layer_types", "sliding"),
-            ("head_dim", "head_dim"),
-            ("num_key_value_heads", "kv_heads"),
-            ("attention_k_eq_v", "k_eq_v"),
-            ("intermediate_size", "mlp"),
-        ):
-            for layer, (config, checkpoint) in enumerate(zip(wanted.layers, found.layers, strict=True)):
-                if getattr(config, field) != getattr(checkpoint, field):
-                    differ(f"{name} of layer {layer}", _say(config, field), _say(checkpoint, field))
-                    break
-    if wanted.vision is not None and found.vision is not None:
-        for field in dataclasses.fields(wanted.vision):
-            differ(
-                f"vision {field.name}", getattr(wanted.vision, field.name), getattr(found.vision, field.name)
-            )
-    if differences:
-        raise ConfigMismatchError(
-            f"{where}: the Hugging Face configuration is not this checkpoint's: {'; '.join(differences)}. Use the "
-            f"configuration of the model that was trained, or none (it is then read from the checkpoint)."
-        )
-
-
-def _say(layer: object, field: str) -> object:
-    value = getattr(layer, field)
-    if field == "sliding":
-        return "sliding_attention" if value else "full_attention"
-    return "none (shared with an earlier layer)" if value is None else value
 
 
 def _check_shape(entry: Placed, dims: Dims, where: str) -> None:

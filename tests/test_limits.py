@@ -1,0 +1,55 @@
+"""Time limits, and what is never said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vllm_maxtext_loader import errors
+from vllm_maxtext_loader.checkpoint.limits import no_progress_seconds, redact
+from vllm_maxtext_loader.checkpoint.location import locate
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "soon", "nan", "inf"])
+def test_time_limit_must_be_a_number(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("VLLM_MAXTEXT_TIMEOUT", value)
+    with pytest.raises(
+        errors.StorageError, match=f"VLLM_MAXTEXT_TIMEOUT must be a number of seconds > 0, found '{value}'"
+    ):
+        no_progress_seconds()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "https://storage.googleapis.com/b/o?X-Goog-Signature=SECRET&X-Goog-Credential=SECRET%2F2026",
+        "https://storage.googleapis.com/b/o?GoogleAccessId=SECRET&Expires=1&Signature=SECRET",
+        "https://storage.googleapis.com/storage/v1/b?alt=json&key=SECRET",
+        "grant_type=x&refresh_token=SECRET&client_secret=SECRET",
+        "Authorization: Bearer SECRET.x-y_z",
+        "token ya29.SECRET_abc-def",
+        '{"refresh_token": "SECRET", "client_secret": "SECRET"}',
+        "https://me:SECRET@proxy:3128/",
+        "-----BEGIN PRIVATE KEY-----\nSECRET\n-----END PRIVATE KEY-----",
+    ],
+)
+def test_credentials_are_left_out(text: str) -> None:
+    assert "SECRET" not in redact(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["leaf self_attention.key: 3 requests failed", "token_embedder.embedding", "gs://bucket/key=1/items"],
+)
+def test_names_of_leaves_are_no_credentials(text: str) -> None:
+    assert redact(text) == text
+
+
+def test_credentials_file_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "key.json"))
+    with pytest.raises(errors.StorageError) as raised:
+        locate("gs://some-bucket/run")
+    for part in ("cannot list gs://some-bucket/run", "key.json", "gcloud auth"):
+        assert part in str(raised.value)

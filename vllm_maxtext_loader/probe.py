@@ -1,0 +1,75 @@
+"""Looks into a checkpoint from a process of its own, for the process that will start the engine.
+
+vLLM may start its EngineCore by fork(), and TensorStore aborts a forked process once its threads run. The front end needs a
+few numbers from the metadata only: they are read by a short-lived child process, and the front end stays without threads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+from vllm_maxtext_loader import errors
+from vllm_maxtext_loader.conversion.gemma4 import Dims, LayerDims, VisionDims
+
+_MARK = "vllm-maxtext-probe "
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """What the front end needs to know of a checkpoint.
+
+    Attributes:
+        items: path or URL of the item directory: the exact step, whatever is committed later.
+        dims: the model's dimensions.
+    """
+
+    items: str
+    dims: Dims
+
+
+def probe(source: str, step: int | None, *, trim: bool) -> Probe:
+    """Opens and plans a checkpoint in a child process.
+
+    Args:
+        source: path or URL, as `open_checkpoint` takes it.
+        step: likewise.
+        trim: do not count padded vocabulary rows; for when no configuration tells the vocabulary's size.
+
+    Raises:
+        MaxTextLoadError: what `open_checkpoint` raised there, by the same name.
+    """
+    request = json.dumps({"path": source, "step": step, "trim": trim})
+    command = [sys.executable, "-c", "from vllm_maxtext_loader.probe import answer; answer()"]
+    # Its stderr is the terminal's: warnings are for the user.
+    done = subprocess.run(command, input=request, stdout=subprocess.PIPE, text=True, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith(_MARK)]
+    if not lines:
+        raise errors.EngineError(
+            f"{source}: could not be looked into: the process that reads its metadata ended with code {done.returncode}; "
+            f"its messages are above."
+        )
+    found = json.loads(lines[-1].removeprefix(_MARK))
+    if "error" in found:
+        kind = getattr(errors, found["error"], errors.MaxTextLoadError)
+        raise kind(found["message"])
+    dims = found["dims"]
+    vision = dims.pop("vision")
+    layers = tuple(LayerDims(**layer) for layer in dims.pop("layers"))
+    return Probe(found["items"], Dims(**dims, layers=layers, vision=VisionDims(**vision) if vision else None))
+
+
+def answer() -> None:
+    """The child process: a request on stdin, one marked line on stdout."""
+    from vllm_maxtext_loader.api import open_checkpoint
+
+    request = json.load(sys.stdin)
+    try:
+        checkpoint = open_checkpoint(request["path"], step=request["step"])
+        dims = (checkpoint.trimmed_plan() if request["trim"] else checkpoint.plan).dims
+        found: dict[str, object] = {"items": checkpoint.location.items.url, "dims": dataclasses.asdict(dims)}
+    except errors.MaxTextLoadError as error:
+        found = {"error": type(error).__name__, "message": str(error)}
+    print(_MARK + json.dumps(found), flush=True)
