@@ -1,4 +1,4 @@
-"""Reading a checkpoint without a model, other forms of one, and damage to it."""
+"""Checkpoints on a disk and in the bucket, read without a model; other forms of them, and damage to them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,38 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import gcs
 import tensorstore as ts
+from conftest import FIXTURES
 
 from vllm_maxtext_loader.api import Checkpoint
 from vllm_maxtext_loader.checkpoint.reader import Piece, read_pieces
+
+CASE = "moe_v2"
+"""The fixture whose step stands for any other's."""
+
+
+class Place:
+    """A directory tree, on the disk, and (where the place is a bucket) copied there before it is named."""
+
+    def __init__(self, root: Path, prefix: str | None) -> None:
+        self.root = root
+        self.prefix = prefix
+
+    @property
+    def is_remote(self) -> bool:
+        return self.prefix is not None
+
+    def url(self, *parts: str) -> str:
+        """What a user would type for a path below the root; copies the tree first."""
+        if self.prefix is None:
+            return str(self.root.joinpath(*parts))
+        gcs.shared()[0].upload(self.root, gcs.BUCKET, f"{self.prefix}/")
+        return "/".join([f"gs://{gcs.BUCKET}/{self.prefix}", *parts])
+
+    def step(self, name: str = "0", *, parent: str = "run") -> Path:
+        """Adds a step of the run, as MaxText wrote it."""
+        return Path(shutil.copytree(FIXTURES / CASE / "checkpoints/0", self.root / parent / name))
 
 
 def pieces(checkpoint: Checkpoint) -> list[Piece]:
