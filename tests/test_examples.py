@@ -15,7 +15,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_demo_generates_tokens() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    environment = {
+        name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"
+    }
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / "offline.py"), "--max-tokens", "4"],
         env={**environment, "JAX_PLATFORMS": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1"},
