@@ -211,7 +211,7 @@ class DirectPlacer:
         # A subclass may requantize while loading: those layers take the usual way.
         if type(method) is not VllmUnquantizedLinearMethod or getattr(module, "bias", None) is not None:
             return
-        config = method.linear_config
+        config: Any = method.linear_config
         replicas = getattr(module, "num_kv_head_replicas", 1)
         build = _linear_function(
             config.mesh,
