@@ -90,12 +90,10 @@ def _once(timeout: float) -> dict[str, Any]:
 
 
 def _call[T](what: str, url: str, operation: Callable[[Bucket, float], T]) -> T:
-    """Carries out one operation on the bucket of `url`, again where the failure may pass, within the "
-    "limit."""
+    """Carries out one operation on the bucket of `url`; again, within the limit, where a failure may pass."""
     from google.api_core import exceptions, retry
     from google.auth.exceptions import GoogleAuthError
     from google.cloud.storage.exceptions import DataCorruption
-    from requests import RequestException
     from urllib3.exceptions import HTTPError
 
     limit = no_progress_seconds()
@@ -116,7 +114,7 @@ def _call[T](what: str, url: str, operation: Callable[[Bucket, float], T]) -> T:
         raise FileNotFoundError(url) from error
     except exceptions.RetryError as error:
         raise storage_error(f"cannot {what} {url}", error.cause or error) from error
-    except (exceptions.GoogleAPIError, GoogleAuthError, RequestException, HTTPError, DataCorruption) as error:
+    except (exceptions.GoogleAPIError, GoogleAuthError, HTTPError, DataCorruption, OSError) as error:
         raise storage_error(f"cannot {what} {url}", error) from error
     except StorageError:
         raise
