@@ -39,7 +39,7 @@ from typing import Any
 
 GIB = 1 << 30
 LOADERS = ("default", "streaming", "waist", "direct")
-DEVICES_OF_THE_WRITER = 4
+DEVICES_OF_THE_WRITER = 16
 
 SHAPES: dict[str, dict[str, Any]] = {
     # The dimensions of one layer are the published model's; layers, experts and vocabulary are cut to the size.

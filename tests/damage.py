@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -45,9 +46,12 @@ class Place:
 
 def pieces(checkpoint: Checkpoint) -> list[Piece]:
     tree = checkpoint.tree
-    return list(
-        read_pieces(tree.leaves.values(), tree.arrays, checkpoint.concurrent_bytes, checkpoint.plan.where)
-    )
+    return [
+        dataclasses.replace(piece, array=piece.array.copy())
+        for piece in read_pieces(
+            tree.leaves.values(), tree.arrays, checkpoint.concurrent_bytes, checkpoint.plan.where
+        )
+    ]
 
 
 def without_database(source: Path, target: Path) -> Path:

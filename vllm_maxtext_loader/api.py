@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vllm_maxtext_loader.checkpoint.location import ItemLocation, locate
-from vllm_maxtext_loader.checkpoint.reader import Piece, read_pieces, trailing_zero_rows
+from vllm_maxtext_loader.checkpoint.reader import Box, Piece, read_pieces, trailing_zero_rows
 from vllm_maxtext_loader.checkpoint.storage import tensorstore_context
-from vllm_maxtext_loader.checkpoint.tree import ANCHOR, Tree, read_tree
+from vllm_maxtext_loader.checkpoint.tree import ANCHOR, Leaf, Tree, read_tree
 from vllm_maxtext_loader.conversion.convert import BFLOAT16, convert
 from vllm_maxtext_loader.conversion.gemma4 import Dims
 from vllm_maxtext_loader.conversion.plan import Plan, make_plan
@@ -85,6 +85,7 @@ class Checkpoint:
         on_wait: Callable[[float], None] | None = None,
         on_piece: Callable[[Piece, float], None] | None = None,
         through: Callable[[Iterator[Piece]], Iterator[Piece]] | None = None,
+        needed: Callable[[Leaf, Box], bool] | None = None,
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields every tensor of the model under its Hugging Face name, streaming.
 
@@ -96,6 +97,7 @@ class Checkpoint:
             on_piece: told each box, and the seconds it took to convert.
             through: sees every box first and passes on those it does not take for itself; tensors all of whose
                 boxes it takes are not yielded.
+            needed: whether a box is wanted; boxes that are not are not read. None means all are.
 
         Raises:
             ReadError: a chunk is missing, truncated or corrupt.
@@ -107,6 +109,8 @@ class Checkpoint:
             self.tree.arrays,
             self.concurrent_bytes,
             plan.where,
+            outer={entry.leaf.key: entry.stack for entry in plan.leaves},
+            needed=needed,
             on_wait=on_wait,
         )
         if through is not None:

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from vllm.config.load import LoadConfig
 
     from vllm_maxtext_loader.api import Checkpoint
-    from vllm_maxtext_loader.checkpoint.reader import Piece
+    from vllm_maxtext_loader.checkpoint.reader import Box, Piece
+    from vllm_maxtext_loader.checkpoint.tree import Leaf
 
 logger = init_logger("vllm." + __name__)
 
@@ -41,6 +42,7 @@ DIRECT_VARIABLE = "VLLM_MAXTEXT_DIRECT"
 
 
 Through = Callable[[Iterator["Piece"]], Iterator["Piece"]]
+Needed = Callable[["Leaf", "Box"], bool]
 
 
 def _unchanged(pieces: Iterator[Piece]) -> Iterator[Piece]:
@@ -85,11 +87,14 @@ class MaxTextModelLoader(BaseModelLoader):
         watch = self._checksum_watch(checkpoint)
         place: Through = _unchanged
         placed: set[str] = set()
+        needed: Needed | None = None
         if self._places_directly(model_config):
             from vllm_maxtext_loader.tpu.direct import DirectPlacer
 
             placer = DirectPlacer(model, checkpoint.plan, numpy_dtype(model_config.dtype), fold)
             given, placed = placer.targets(), placer.placed
+            # Several hosts: each reads the boxes its own devices hold a part of.
+            needed = placer.needs if placer.shared_with_other_processes else None
             place = functools.partial(placer.stream, on_place=meter.on_place)
         weights = checkpoint.hf_weights(
             fold_expert_scales=fold,
@@ -97,6 +102,7 @@ class MaxTextModelLoader(BaseModelLoader):
             on_wait=meter.on_wait,
             on_piece=meter.on_piece,
             through=lambda pieces: place(watch(pieces)),
+            needed=needed,
         )
         try:
             loaded = model.load_weights(_watched(weights, given))  # type: ignore[operator]

@@ -3,6 +3,9 @@
 A leaf of a scanned model holds the same weight of every layer, and a stored chunk spans all of them: reading
 layer by layer would decode every chunk once per layer. Here a leaf is cut along its chunk grid into boxes;
 several boxes are in flight at a time, never more bytes of them than the budget.
+
+TensorStore decodes into memory of ours, a ring that is used over and over: new memory for every box would cost the
+kernel as long to hand out as the decoder needs to fill it.
 """
 
 from __future__ import annotations
@@ -12,7 +15,8 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import tensorstore as ts
@@ -29,6 +33,9 @@ _PIECES_IN_FLIGHT = 4
 
 _KEPT_BYTES = 64 << 20
 
+_ALIGNMENT = 64
+"""Bytes; JAX on the CPU takes memory so aligned without copying it."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
@@ -37,7 +44,8 @@ class Piece:
     Attributes:
         leaf: what it is a part of.
         box: which part; a slice per axis, with explicit bounds.
-        array: the values, of the box's shape.
+        array: the values, of the box's shape, any strides. The memory is used again: it holds these values until the
+            next piece is asked for.
         last: whether this completes the leaf.
     """
 
@@ -65,6 +73,8 @@ def boxes(leaf: Leaf, limit: int) -> list[Box]:
         )
         whole = math.ceil(size / steps[axis])
         multiple = max(1, min(whole, limit // max(1, inner)))
+        # As many boxes as that makes, of equal size where it divides: every other size is compiled for once more.
+        multiple = math.ceil(whole / math.ceil(whole / multiple)) if whole else 1
         steps[axis] = min(size, steps[axis] * multiple)
         if multiple < whole:
             break
@@ -80,12 +90,53 @@ def box_nbytes(box: Box, itemsize: int) -> int:
     return math.prod(part.stop - part.start for part in box) * itemsize
 
 
+class _Ring:
+    """Memory for boxes that are taken and given back in the same order.
+
+    Args:
+        size: bytes. Pages that were never used cost nothing.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._memory = _aligned(size)
+        self._taken: collections.deque[tuple[int, int]] = collections.deque()
+
+    def take(self, size: int) -> np.ndarray | None:
+        """`size` bytes, aligned for JAX; None where they are not free. With nothing taken, any size is given."""
+        size = math.ceil(size / _ALIGNMENT) * _ALIGNMENT
+        if not self._taken and size > self._size:
+            self._taken.append((0, self._size))
+            return _aligned(size)
+        first, last = (self._taken[0][0], self._taken[-1][1]) if self._taken else (0, 0)
+        wrapped = bool(self._taken) and last <= first
+        start = last
+        if not wrapped and last + size > self._size:
+            start, wrapped = 0, True
+        if wrapped and start + size > first:
+            return None
+        self._taken.append((start, start + size))
+        return self._memory[start : start + size]
+
+    def give_back(self) -> None:
+        """Frees what was taken first."""
+        self._taken.popleft()
+
+
+def _aligned(size: int) -> np.ndarray:
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    offset = -memory.ctypes.data % _ALIGNMENT
+    return memory[offset : offset + size]
+
+
 def read_pieces(
     leaves: Iterable[Leaf],
     arrays: dict[str, ts.TensorStore],
     budget: int,
     where: str,
     *,
+    outer: Mapping[str, tuple[int, ...]] | None = None,
+    needed: Callable[[Leaf, Box], bool] | None = None,
     on_wait: Callable[[float], None] | None = None,
 ) -> Iterator[Piece]:
     """Yields every box of every leaf, in order, reading ahead.
@@ -96,20 +147,21 @@ def read_pieces(
         budget: bytes of boxes that are in flight or in the caller's hands at a time. A box that is larger
             than the budget is read alone.
         where: path, for messages.
+        outer: by leaf key, axes that come first in memory. Every index along them is one run of memory.
+        needed: whether a box is wanted; those that are not are not read. None means all are.
         on_wait: told the seconds spent waiting for each box.
 
     Raises:
         ReadError: a chunk is missing, truncated or corrupt.
         StorageError: the storage refuses, or does not answer within the time limit.
     """
-    # Halving leaves room for the decoder's own copy of what is in flight.
     limit = max(1, budget // _PIECES_IN_FLIGHT)
-    pending: collections.deque[tuple[Leaf, Box, int, bool, ts.Future]] = collections.deque()
-    in_flight = 0
+    pending: collections.deque[tuple[Leaf, Box, np.ndarray, bool, ts.Future]] = collections.deque()
+    ring = _Ring(budget)
     queue = (
         (leaf, box, last)
         for leaf in leaves
-        for cut in [boxes(leaf, limit)]
+        for cut in [[box for box in boxes(leaf, limit) if needed is None or needed(leaf, box)]]
         for box, last in zip(cut, [False] * (len(cut) - 1) + [True], strict=True)
     )
     upcoming = next(queue, None)
@@ -118,32 +170,38 @@ def read_pieces(
         while upcoming is not None or pending:
             while upcoming is not None:
                 leaf, box, last = upcoming
-                size = box_nbytes(box, leaf.dtype.itemsize)
-                if pending and in_flight + size > budget:
+                memory = ring.take(box_nbytes(box, leaf.dtype.itemsize))
+                if memory is None:
                     break
-                future = arrays[leaf.key][box].read(order="C")
-                pending.append((leaf, box, size, last, future))
-                in_flight += size
+                values = _shaped(memory, leaf, box, (outer or {}).get(leaf.key, ()))
+                destination = ts.array(values, copy=False, write=True)
+                pending.append((leaf, box, values, last, destination.write(arrays[leaf.key][box]).commit))
                 upcoming = next(queue, None)
-            leaf, box, size, last, future = pending[0]
+            leaf, box, values, last, future = pending[0]
             started = time.perf_counter()
-            array = _result(watch, future, leaf)
+            _result(watch, future, leaf)
             pending.popleft()
-            del future  # It holds the array, too.
             if on_wait is not None:
                 on_wait(time.perf_counter() - started)
-            yield Piece(leaf, box, array, last)
-            in_flight -= size
-            del array
+            yield Piece(leaf, box, values, last)
+            ring.give_back()
     finally:
         for *_, future in pending:
             future.cancel()
         watch.close()
 
 
-def _result(watch: Watch, future: ts.Future, leaf: Leaf) -> np.ndarray:
+def _shaped(memory: np.ndarray, leaf: Leaf, box: Box, outer: tuple[int, ...]) -> np.ndarray:
+    """`memory` as an array of the box's shape, with the axes in `outer` varying slowest."""
+    order = [*outer, *(axis for axis in range(len(box)) if axis not in outer)]
+    lengths = [box[axis].stop - box[axis].start for axis in order]
+    values = memory[: math.prod(lengths) * leaf.dtype.itemsize].view(leaf.dtype).reshape(lengths)
+    return values.transpose(np.argsort(order)) if order else values
+
+
+def _result(watch: Watch, future: ts.Future, leaf: Leaf) -> Any:
     try:
-        return np.asarray(watch.result(future, leaf.key))
+        return watch.result(future, leaf.key)
     except TimeoutError as error:
         raise storage_error(f"cannot read leaf {leaf.key} of {watch.where}", error) from error
     except Exception as error:

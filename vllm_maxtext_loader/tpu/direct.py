@@ -2,10 +2,13 @@
 
 The usual way is long: a Hugging Face tensor on the host ([out, in]), vLLM's packed torch parameter, torchax's copy of
 it (through float32), a transpose back to [in, out] on the device. MaxText's kernels already are [in, out], and
-its experts [expert, in, out], which is what tpu-inference's matmuls want. So the pieces of a layer go to the device
-as they are stored, and one compiled function per kind of layer joins, packs and pads them there, with
-tpu-inference's own functions for the final layout. The torch parameters are never filled; untouched, they cost no
-memory.
+its experts [expert, in, out], which is what tpu-inference's matmuls want; what is left to do is to pack and pad output
+columns (gate beside up; query, key and value side by side, once per shard). So the final array of a layer is made empty,
+one shard on each device, and every chunk that arrives is copied into the columns it fills, in place. Each device is
+sent what its shard holds and nothing else. The torch parameters are never filled; untouched, they cost no memory.
+
+Which column goes where is not written down here: column numbers are sent through tpu-inference's own functions, once
+per kind of layer, and the answer is the map.
 
 Linear layers of the decoder, experts and the embedding go this way: all but a percent of the bytes. The rest (norms,
 scalars, router, vision tower) takes the usual way. Both ways end in the same bits; tests say so.
@@ -17,27 +20,31 @@ repeated where there are fewer of them than shards).
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from torch import nn
 from torch.nn import Parameter
 from torchax.interop import torch_view
+from tpu_inference import envs
 from tpu_inference.layers.common.process_weights.linear_weights import LinearWeights, process_linear_weights
 from tpu_inference.layers.common.process_weights.moe_weights import (
     FusedMoEWeights,
+    _get_moe_weight_shardings,
     process_unquantized_moe_weights,
     shard_moe_weights,
 )
 from tpu_inference.layers.common.sharding import ShardingAxisName
-from tpu_inference.layers.common.utils import general_device_put
 from tpu_inference.layers.vllm.quantization.unquantized import (
     VllmUnquantizedEmbeddingMethod,
     VllmUnquantizedFusedMoEMethod,
@@ -46,37 +53,111 @@ from tpu_inference.layers.vllm.quantization.unquantized import (
 from vllm.model_executor.models.gemma4 import Gemma4DecoderLayer, Gemma4ForCausalLM
 
 from vllm_maxtext_loader.checkpoint.reader import Box, Piece
-from vllm_maxtext_loader.conversion.convert import ScaleStore, cast, layer_of, transform
+from vllm_maxtext_loader.checkpoint.tree import Leaf
+from vllm_maxtext_loader.conversion.convert import ScaleStore, layer_of, transform
 from vllm_maxtext_loader.conversion.gemma4 import Scope, Value
 from vllm_maxtext_loader.conversion.plan import LeafPlan, Plan, Write
 
-Grid = Any
-"""Pieces of one array, as nested lists along its axes; a pytree, so that it can be an argument of a jitted function."""
+Starts = tuple[int, ...]
 
 
-@dataclasses.dataclass
-class _Slot:
-    """One leaf's share of a layer's weight: pieces on the device, until all are there."""
-
-    pieces: list[tuple[Box, jax.Array]] = dataclasses.field(default_factory=list)
-    complete: bool = False
-
-
-@dataclasses.dataclass
-class _Job:
-    """A module's weight that is being collected.
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Neighbouring columns of a leaf that are neighbours in the final array, too.
 
     Attributes:
-        parameters: full names of the parameters it fills.
-        slots: by MaxText leaf name ("self_attention.query.kernel").
-        finish: makes the final arrays and puts them into the module.
-        mesh: the devices they are spread over.
+        leaf: MaxText leaf name ("self_attention.query.kernel").
+        source: first column in the leaf, its output axes flattened.
+        start: first column in the final array.
+        length: number of columns.
+    """
+
+    leaf: str
+    source: int
+    start: int
+    length: int
+
+
+@dataclasses.dataclass
+class _Weight:
+    """A weight of a module, in its final form, while it is being filled.
+
+    Attributes:
+        parameters: full names of the parameters it is.
+        shape: global shape; the last axis is the output columns.
+        sharding: how it is spread over devices.
+        groups: per leaf, which of its axes (layers left out) make up each axis of the final array.
+        runs: where the columns go.
+        waiting: leaves that are not complete.
+        finish: puts the array into the module.
+        shards: the part of every device of this process.
+        made: done when the shards are there.
     """
 
     parameters: tuple[str, ...]
-    slots: dict[str, _Slot]
-    finish: Callable[[dict[str, Grid]], None]
-    mesh: Mesh
+    shape: tuple[int, ...]
+    sharding: NamedSharding
+    groups: dict[str, tuple[tuple[int, ...], ...]]
+    runs: list[Run]
+    waiting: set[str]
+    finish: Callable[[jax.Array], None]
+    shards: dict[Any, jax.Array] = dataclasses.field(default_factory=dict)
+    made: Future[None] | None = None
+
+    @functools.cached_property
+    def bounds(self) -> dict[Any, Box]:
+        """By device of this process, what it holds of the array."""
+        indices = self.sharding.addressable_devices_indices_map(self.shape)
+        return {
+            device: tuple(
+                slice(*part.indices(size)[:2]) for part, size in zip(index, self.shape, strict=True)
+            )
+            for device, index in indices.items()
+            if index is not None
+        }
+
+    def targets(self, leaf: str, starts: Starts, lengths: Sequence[int]) -> Iterator[tuple[Any, Box, Starts]]:
+        """Where a block of a leaf goes.
+
+        Args:
+            leaf: its name.
+            starts: where it begins in the leaf, along the final array's axes.
+            lengths: its shape.
+
+        Yields:
+            (device, part of the block, where that begins in the device's shard)
+        """
+        *rows, column = starts
+        for (device, shard), run in itertools.product(self.bounds.items(), self.runs):
+            if run.leaf != leaf:
+                continue
+            moved = (*rows, run.start + column - run.source)
+            limits = [
+                *shard[:-1],
+                slice(max(shard[-1].start, run.start), min(shard[-1].stop, run.start + run.length)),
+            ]
+            low = [max(a, limit.start) for a, limit in zip(moved, limits, strict=True)]
+            high = [min(a + n, limit.stop) for a, n, limit in zip(moved, lengths, limits, strict=True)]
+            if all(a < b for a, b in zip(low, high, strict=True)):
+                part = tuple(slice(a - m, b - m) for a, b, m in zip(low, high, moved, strict=True))
+                yield device, part, tuple(a - s.start for a, s in zip(low, shard, strict=True))
+
+    def make(self, dtype: np.dtype) -> None:
+        """Makes the empty shards."""
+        for device, shard in self.bounds.items():
+            shape = tuple(part.stop - part.start for part in shard)
+            self.shards[device] = jnp.zeros(shape, dtype, device=device)
+
+    def wait(self) -> None:
+        """Waits until the empty shards are made."""
+        if self.made is not None:
+            self.made.result()
+
+    def array(self) -> jax.Array:
+        """The whole array; its shards are this object's no longer."""
+        shards = list(self.shards.values())
+        self.shards = {}
+        return jax.make_array_from_single_device_arrays(self.shape, self.sharding, shards)
 
 
 class DirectPlacer:
@@ -92,204 +173,286 @@ class DirectPlacer:
         self.fold = fold_expert_scales
         self.scales = ScaleStore()
         self.placed: set[str] = set()
-        self._jobs: dict[tuple[int, str], _Job] = {}
-        names = {id(module): name for name, module in model.named_modules()}
-        present: dict[int, set[str]] = {}
+        self._weights: dict[tuple[int, str], _Weight] = {}
+        self._names = {id(module): name for name, module in model.named_modules()}
+        shapes: dict[int, dict[str, tuple[int, ...]]] = collections.defaultdict(dict)
         for entry in plan.leaves:
-            if entry.rule.scope is Scope.LAYER:
-                for write in entry.writes:
-                    present.setdefault(write.layer, set()).add(entry.rule.leaf)
+            for write in entry.writes:
+                shapes[_layer(entry, write)][entry.rule.leaf] = _layer_shape(entry)
         for module in model.modules():
             if isinstance(module, Gemma4DecoderLayer):
-                self._decoder_layer(module, present.get(module.layer_idx, set()), names)
+                self._decoder_layer(module, shapes[module.layer_idx])
             elif isinstance(module, Gemma4ForCausalLM):
-                self._embedding(module, names)
+                self._embedding(module, shapes[-1])
 
     def wants(self, entry: LeafPlan) -> bool:
         """Whether every layer of the leaf is placed directly."""
-        return bool(entry.writes) and all(self._key(entry, write) in self._jobs for write in entry.writes)
+        keys = [(_layer(entry, write), entry.rule.leaf) for write in entry.writes]
+        return bool(keys) and all(key in self._weights for key in keys)
 
-    def put(self, entry: LeafPlan, piece: Piece) -> None:
-        """Sends a piece of a wanted leaf to the device, and finishes the modules it completes."""
+    @property
+    def shared_with_other_processes(self) -> bool:
+        """Whether other processes hold shards of the model, too."""
+        return jax.process_count() > 1
+
+    def needs(self, leaf: Leaf, box: Box) -> bool:
+        """Whether a device of this process holds any of a box; leaves that are not placed directly are needed whole."""
+        entry = self._entries[leaf.key]
+        if not self.wants(entry):
+            return True
+        nothing = np.broadcast_to(np.uint8(0), [part.stop - part.start for part in box])
+        return any(True for _ in self._targets(entry, Piece(leaf, box, nothing, last=False)))
+
+    def targets(self) -> set[str]:
+        """Hugging Face names that do not come through `model.load_weights`."""
+        return {write.target for entry in self.plan.leaves if self.wants(entry) for write in entry.writes}
+
+    def stream(self, pieces: Iterator[Piece], on_place: Callable[[Piece], None]) -> Iterator[Piece]:
+        """Places wanted pieces, passes the others on.
+
+        Args:
+            pieces: every piece of the plan that is needed, in its order.
+            on_place: told each placed piece.
+        """
+        unfinished = collections.deque(self.plan.leaves)
+        maker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="maxtext-shards")
+        try:
+            self._make_all(maker)
+            for piece in pieces:
+                # A leaf of which nothing is needed here has no piece.
+                while unfinished[0].leaf.key != piece.leaf.key:
+                    self._complete(unfinished.popleft())
+                entry = unfinished[0]
+                if entry.rule.value is Value.EXPERT_SCALE and self.fold:
+                    for write in entry.writes:
+                        if (found := layer_of(entry, write, piece)) is not None:
+                            transform(entry, write, *found, True, self.scales)
+                if self.wants(entry):
+                    self._put(entry, piece)
+                    on_place(piece)
+                else:
+                    yield piece
+                if piece.last:
+                    self._complete(unfinished.popleft())
+            while unfinished:
+                self._complete(unfinished.popleft())
+        finally:
+            maker.shutdown(cancel_futures=True)
+
+    def _make_all(self, maker: Executor) -> None:
+        """Has the empty shards made in the background, in the order in which they will be filled.
+
+        On the CPU that is most of the work of placing: the kernel hands out and clears every page.
+        """
+        for entry in self.plan.leaves:
+            if self.wants(entry):
+                for write in entry.writes:
+                    weight = self._weights[_layer(entry, write), entry.rule.leaf]
+                    if weight.made is None:
+                        weight.made = maker.submit(weight.make, self.dtype)
+
+    @functools.cached_property
+    def _entries(self) -> dict[str, LeafPlan]:
+        return {entry.leaf.key: entry for entry in self.plan.leaves}
+
+    def _targets(
+        self, entry: LeafPlan, piece: Piece
+    ) -> Iterator[tuple[_Weight, Any, np.ndarray, Starts, np.ndarray | None]]:
+        """Yields (weight, device, values, where they begin in its shard, expert scales to be multiplied in)."""
+        leaf, shape = entry.rule.leaf, _layer_shape(entry)
         for write in entry.writes:
-            job = self._jobs[self._key(entry, write)]
-            slot = job.slots[entry.rule.leaf]
             if (found := layer_of(entry, write, piece)) is None:
                 continue
             values, box = found
             if entry.rule.value is Value.UNSCALE_EMBEDDING:
                 # Divided on the host: XLA may turn a division by a constant into a multiplication.
                 values, box = transform(entry, write, values, box, self.fold, self.scales)
-            if values.size:
-                # What is still to be computed with is rounded once, afterwards.
-                folds = self.fold and entry.rule.value is Value.EXPERT_OUTPUT
-                values = np.ascontiguousarray(values if folds else cast(values, self.dtype))
-                sharding = _spread(values.shape, job.mesh)
-                slot.pieces.append((box, general_device_put(values, sharding)))  # pyright: ignore[reportArgumentType]
-        if not piece.last:
+            folds = self.fold and entry.rule.value is Value.EXPERT_OUTPUT
+            weight = self._weights[_layer(entry, write), leaf]
+            for block, starts in _blocks(values, box, shape, weight.groups[leaf]):
+                for device, part, local in weight.targets(leaf, starts, block.shape):
+                    scales = None
+                    if folds:
+                        first = starts[0]
+                        scales = self.scales.get(
+                            write.layer, slice(first + part[0].start, first + part[0].stop)
+                        )
+                    yield weight, device, block[part], local, scales
+
+    def _put(self, entry: LeafPlan, piece: Piece) -> None:
+        """Copies a piece into the shards it is a part of."""
+        touched: dict[int, _Weight] = {}
+        for weight, device, values, starts, scales in self._targets(entry, piece):
+            weight.wait()
+            block = jax.device_put(np.ascontiguousarray(values), device)
+            weight.shards[device] = _update(weight.shards[device], block, starts, scales)
+            touched[id(weight)] = weight
+        # The piece's memory is used again as soon as this returns, and on the CPU a block is that memory.
+        jax.block_until_ready([list(weight.shards.values()) for weight in touched.values()])
+
+    def _complete(self, entry: LeafPlan) -> None:
+        """Finishes the modules that have waited for this leaf last."""
+        if not self.wants(entry):
             return
         for write in entry.writes:
-            job = self._jobs[self._key(entry, write)]
-            job.slots[entry.rule.leaf].complete = True
-            if all(slot.complete for slot in job.slots.values()):
-                grids = {leaf: _grid(slot.pieces) for leaf, slot in job.slots.items()}
-                job.slots.clear()
-                job.finish(grids)
-                self.placed.update(job.parameters)
+            weight = self._weights[_layer(entry, write), entry.rule.leaf]
+            weight.waiting.discard(entry.rule.leaf)
+            if not weight.waiting:
+                weight.wait()
+                weight.finish(weight.array())
+                self.placed.update(weight.parameters)
 
-    def stream(self, pieces: Iterator[Piece], on_place: Callable[[Piece], None]) -> Iterator[Piece]:
-        """Places wanted pieces, passes the others on.
+    def _add(self, layer: int, weight: _Weight) -> None:
+        for leaf in weight.waiting:
+            self._weights[layer, leaf] = weight
 
-        Args:
-            pieces: every piece of the plan, in its order.
-            on_place: told each placed piece.
-        """
-        by_key = {entry.leaf.key: entry for entry in self.plan.leaves}
-        wanted = {key for key, entry in by_key.items() if self.wants(entry)}
-        for piece in pieces:
-            entry = by_key[piece.leaf.key]
-            if entry.rule.value is Value.EXPERT_SCALE and self.fold:
-                for write in entry.writes:
-                    if (found := layer_of(entry, write, piece)) is not None:
-                        transform(entry, write, *found, True, self.scales)
-            if piece.leaf.key in wanted:
-                self.put(entry, piece)
-                on_place(piece)
-            else:
-                yield piece
-
-    def targets(self) -> set[str]:
-        """Hugging Face names that do not come through `model.load_weights`."""
-        return {write.target for entry in self.plan.leaves if self.wants(entry) for write in entry.writes}
-
-    def _key(self, entry: LeafPlan, write: Write) -> tuple[int, str]:
-        return (write.layer if entry.rule.scope is Scope.LAYER else -1, entry.rule.leaf)
-
-    def _add(self, layer: int, leaves: tuple[str, ...], job: _Job) -> None:
-        for leaf in leaves:
-            self._jobs[layer, leaf] = job
-
-    def _decoder_layer(self, layer: Any, present: set[str], names: dict[int, str]) -> None:
-        """Jobs for the linear layers and the experts of one decoder layer."""
+    def _decoder_layer(self, layer: Any, shapes: dict[str, tuple[int, ...]]) -> None:
+        """The linear layers and the experts of one decoder layer."""
         index = layer.layer_idx
         mlp = "mlp.moe_block.shared_experts" if layer.enable_moe_block else "mlp"
         attention = layer.self_attn
         query, key, value = (f"self_attention.{name}.kernel" for name in ("query", "key", "value"))
+        inputs_first = ((0,), (1, 2))
         if attention.is_kv_shared_layer:
-            self._linear(index, attention.q_proj, (query,), (query,), names)
+            self._linear(index, attention.q_proj, (query,), shapes, inputs_first)
         else:
             # Where there is no value leaf, keys serve as values.
-            leaves = (query, key, value) if value in present else (query, key)
-            self._linear(index, attention.qkv_proj, leaves, (query, key, leaves[-1]), names)
-        out = ("self_attention.out.kernel",)
-        self._linear(index, attention.o_proj, out, out, names)
-        gate_up = (f"{mlp}.wi_0.kernel", f"{mlp}.wi_1.kernel")
-        self._linear(index, layer.mlp.gate_up_proj, gate_up, gate_up, names)
-        down = (f"{mlp}.wo.kernel",)
-        self._linear(index, layer.mlp.down_proj, down, down, names)
+            packed = (query, key, value if value in shapes else key)
+            self._linear(index, attention.qkv_proj, packed, shapes, inputs_first)
+        self._linear(index, attention.o_proj, ("self_attention.out.kernel",), shapes, ((0, 1), (2,)))
+        self._linear(
+            index, layer.mlp.gate_up_proj, (f"{mlp}.wi_0.kernel", f"{mlp}.wi_1.kernel"), shapes, ((0,), (1,))
+        )
+        self._linear(index, layer.mlp.down_proj, (f"{mlp}.wo.kernel",), shapes, ((0,), (1,)))
         if layer.experts is not None:
-            self._experts(index, layer.experts.routed_experts, present, names)
+            self._experts(index, layer.experts.routed_experts, shapes)
 
     def _linear(
         self,
         layer: int,
         module: Any,
-        leaves: tuple[str, ...],
-        order: tuple[str, ...],
-        names: dict[int, str],
+        packed: tuple[str, ...],
+        shapes: dict[str, tuple[int, ...]],
+        groups: tuple[tuple[int, ...], ...],
     ) -> None:
-        """Job for a linear layer.
+        """A linear layer.
 
         Args:
             layer: decoder layer.
             module: vLLM's linear layer.
-            leaves: leaves it is made of.
-            order: leaf of each of its packed outputs, in order.
-            names: module names by identity.
+            packed: leaf of each of its outputs, in order.
+            shapes: shape of every leaf in this layer.
+            groups: the leaves' input axes and their output axes.
         """
         method: Any = module.quant_method
         # A subclass may requantize while loading: those layers take the usual way.
         if type(method) is not VllmUnquantizedLinearMethod or getattr(module, "bias", None) is not None:
             return
         config: Any = method.linear_config
+        if not config.fuse_matmuls or any(leaf not in shapes for leaf in packed):
+            return
+        # Only keys and values are repeated: outputs 1 and 2 of a qkv projection.
         replicas = getattr(module, "num_kv_head_replicas", 1)
-        build = _linear_function(
-            config.mesh,
-            config.weight_sharding,
-            tuple(config.output_sizes),
-            config.n_shards,
-            config.fuse_matmuls,
-            # Only keys and values are repeated: outputs 1 and 2 of a qkv projection.
-            tuple(replicas if position else 1 for position in range(len(order))),
+        outputs = tuple(
+            (leaf, tuple(shapes[leaf][axis] for axis in groups[1]), replicas if position else 1)
+            for position, leaf in enumerate(packed)
         )
-        input_axes = 2 if order[0] == "self_attention.out.kernel" else 1
+        runs, columns = _linear_runs(outputs, tuple(config.output_sizes), config.n_shards)
 
-        def finish(grids: dict[str, Grid]) -> None:
-            weight = _done(build([grids[leaf] for leaf in order], input_axes))
+        def finish(array: jax.Array) -> None:
             _forget(module, "weight")
-            method._store_linear_weights(module, LinearWeights(weight, None, None, None))
+            method._store_linear_weights(module, LinearWeights(array, None, None, None))
             method.process_weights_after_loading = _nothing_left
 
-        job = _Job((f"{names[id(module)]}.weight",), {leaf: _Slot() for leaf in leaves}, finish, config.mesh)
-        self._add(layer, leaves, job)
+        self._add(
+            layer,
+            _Weight(
+                parameters=(f"{self._names[id(module)]}.weight",),
+                shape=(math.prod(shapes[packed[0]][axis] for axis in groups[0]), columns),
+                sharding=NamedSharding(config.mesh, config.weight_sharding),
+                groups=dict.fromkeys(packed, groups),
+                runs=runs,
+                waiting=set(packed),
+                finish=finish,
+            ),
+        )
 
-    def _experts(self, layer: int, module: Any, present: set[str], names: dict[int, str]) -> None:
-        """Jobs for the routed experts of a layer: gate and up (in one leaf, `wi`, or in two), and down.
-
-        They are finished one after the other, so that the pieces of one are gone before those of the other come.
-        """
+    def _experts(self, layer: int, module: Any, shapes: dict[str, tuple[int, ...]]) -> None:
+        """The routed experts of a layer: gate and up (in one leaf, `wi`, or in two), and down."""
         method: Any = module.quant_method
         if type(method) is not VllmUnquantizedFusedMoEMethod or method.moe.has_bias:
             return
         prefix = "mlp.moe_block.MoeBlock_0"
-        gates = (f"{prefix}.wi",) if f"{prefix}.wi" in present else (f"{prefix}.wi_0", f"{prefix}.wi_1")
-        down = (f"{prefix}.wo",)
-        name = names[id(module)]
-        for leaves, weight in ((gates, "w13_weight"), (down, "w2_weight")):
-            finish = functools.partial(self._finish_experts, layer, module, leaves, weight)
-            job = _Job((f"{name}.{weight}",), {leaf: _Slot() for leaf in leaves}, finish, method.mesh)
-            self._add(layer, leaves, job)
+        gates = (f"{prefix}.wi",) if f"{prefix}.wi" in shapes else (f"{prefix}.wi_0", f"{prefix}.wi_1")
+        down = f"{prefix}.wo"
+        if envs.MOE_REQUANTIZE_WEIGHT_DTYPE or any(leaf not in shapes for leaf in (*gates, down)):
+            return
+        count, inner, hidden = shapes[down]
+        widths = tuple(shapes[leaf][2] for leaf in gates)
+        found = _expert_runs(method.mesh, method.moe_backend, module.activation, gates, widths, hidden)
+        if found is None:
+            return
+        runs, columns = found
+        shardings = _get_moe_weight_shardings(_moe_weights(), method.moe_backend, method.mesh)
+        groups = ((0,), (1,), (2,))
+        for name, shape, leaves, moves in (
+            ("w13_weight", (count, hidden, columns), gates, runs),
+            ("w2_weight", (count, inner, hidden), (down,), [Run(down, 0, 0, hidden)]),
+        ):
+            self._add(
+                layer,
+                _Weight(
+                    parameters=(f"{self._names[id(module)]}.{name}",),
+                    shape=shape,
+                    sharding=getattr(shardings, name),
+                    groups=dict.fromkeys(leaves, groups),
+                    runs=moves,
+                    waiting=set(leaves),
+                    finish=functools.partial(_finish_experts, module, name),
+                ),
+            )
 
-    def _finish_experts(
-        self, layer: int, module: Any, leaves: tuple[str, ...], weight: str, grids: dict[str, Grid]
-    ) -> None:
-        method: Any = module.quant_method
-        is_down = weight == "w2_weight"
-        scales = self.scales.get(layer, slice(None)) if self.fold and is_down else None
-        _forget(module, weight)
-        build = _experts_function(method.mesh, method.moe_backend, module.activation, self.dtype, weight)
-        made = FusedMoEWeights(None, None, None, None, None, None)  # type: ignore[arg-type]
-        setattr(made, weight, _done(build([grids[leaf] for leaf in leaves], scales)))
-        made = torch_view(shard_moe_weights(made, method.moe_backend, method.mesh))
-        setattr(module, weight, Parameter(getattr(made, weight), requires_grad=False))
-        method.process_weights_after_loading = _nothing_left
-
-    def _embedding(self, model: Any, names: dict[int, str]) -> None:
-        """Job for the embedding; the tied output head shares its array instead of holding a copy."""
+    def _embedding(self, model: Any, shapes: dict[str, tuple[int, ...]]) -> None:
+        """The embedding; the tied output head shares its array instead of holding a copy."""
         embed, head = model.model.embed_tokens, model.lm_head
         method: Any = embed.quant_method
-        tied = head.weight is embed.weight and isinstance(head.quant_method, VllmUnquantizedEmbeddingMethod)
-        if not tied or type(method) is not VllmUnquantizedEmbeddingMethod:
-            return
         leaf = "token_embedder.embedding"
-        sharding = NamedSharding(method.mesh, PartitionSpec(ShardingAxisName.MLP_TENSOR, None))
-        rows = embed.weight.shape[0]
+        tied = head.weight is embed.weight and isinstance(head.quant_method, VllmUnquantizedEmbeddingMethod)
+        if not tied or type(method) is not VllmUnquantizedEmbeddingMethod or leaf not in shapes:
+            return
+        hidden = shapes[leaf][1]
 
-        def finish(grids: dict[str, Grid]) -> None:
-            weight = torch_view(_done(_embedding_function(sharding, rows)(grids[leaf])))
+        def finish(array: jax.Array) -> None:
+            weight = torch_view(array)
             _forget(embed, "weight")
             delattr(head, "weight")
             for module in (embed, head):
                 module.weight = Parameter(weight, requires_grad=False)
                 module.quant_method.process_weights_after_loading = _nothing_left
 
-        job = _Job((f"{names[id(embed)]}.weight",), {leaf: _Slot()}, finish, method.mesh)
-        self._add(-1, (leaf,), job)
+        self._add(
+            -1,
+            _Weight(
+                parameters=(f"{self._names[id(embed)]}.weight",),
+                # vLLM pads the vocabulary; those rows stay zero.
+                shape=(embed.weight.shape[0], hidden),
+                sharding=NamedSharding(method.mesh, PartitionSpec(ShardingAxisName.MLP_TENSOR, None)),
+                groups={leaf: ((0,), (1,))},
+                runs=[Run(leaf, 0, 0, hidden)],
+                waiting={leaf},
+                finish=finish,
+            ),
+        )
 
 
-def _done(made: Any) -> Any:
-    """Waits: otherwise the pieces of many layers would be held by computations that are merely queued."""
-    return jax.block_until_ready(made)
+def _layer(entry: LeafPlan, write: Write) -> int:
+    """Number of the decoder layer, -1 outside of layers."""
+    return write.layer if entry.rule.scope is Scope.LAYER else -1
+
+
+def _layer_shape(entry: LeafPlan) -> tuple[int, ...]:
+    """Shape of one layer of a leaf."""
+    return tuple(size for axis, size in enumerate(entry.leaf.shape) if axis not in entry.stack)
 
 
 def _nothing_left(layer: nn.Module) -> None:
@@ -302,97 +465,144 @@ def _forget(module: Any, name: str) -> None:
     delattr(module, name)
 
 
-def _spread(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-    """Spreads a piece over all devices, along its last axis that divides evenly; copies it where none does.
+def _moe_weights(**weights: Any) -> FusedMoEWeights:
+    """tpu-inference's record of an expert layer's arrays, with only those given."""
+    names = [field.name for field in dataclasses.fields(FusedMoEWeights)]
+    return FusedMoEWeights(**{**dict.fromkeys(names), **weights})
 
-    The last axes are the output features, along which most final weights are sharded.
+
+def _finish_experts(module: Any, name: str, array: jax.Array) -> None:
+    method: Any = module.quant_method
+    _forget(module, name)
+    layout = array.format.layout
+    if layout is not None and tuple(layout.major_to_minor) != tuple(range(array.ndim)):
+        # The array lies where it should; this gives it the memory layout the kernels ask for. Asking for one it has
+        # would copy it.
+        made = shard_moe_weights(_moe_weights(**{name: array}), method.moe_backend, method.mesh)
+        array = getattr(made, name)
+    setattr(module, name, Parameter(torch_view(array), requires_grad=False))
+    method.process_weights_after_loading = _nothing_left
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _update(shard: jax.Array, block: jax.Array, starts: Starts, scales: Any) -> jax.Array:
+    """`shard` with `block` at `starts`, in the same memory; [experts] scales are multiplied in, rounding once."""
+    if scales is not None:
+        block = block.astype(jnp.float32) * scales[:, None, None]
+    return jax.lax.dynamic_update_slice(shard, block.astype(shard.dtype), starts)
+
+
+def _blocks(
+    values: np.ndarray, box: Box, shape: tuple[int, ...], groups: tuple[tuple[int, ...], ...]
+) -> Iterator[tuple[np.ndarray, Starts]]:
+    """A box with its axes flattened into groups: one block, or several where a group is not one run.
+
+    Args:
+        values: [box lengths].
+        box: where they lie in an array of `shape`.
+        shape: of the whole.
+        groups: axes that become one; at most two in a group.
+
+    Yields:
+        (values with one axis per group, where they begin)
     """
-    for axis in reversed(range(len(shape))):
-        if shape[axis] % mesh.size == 0:
-            return NamedSharding(mesh, PartitionSpec(*[None] * axis, tuple(mesh.axis_names)))
-    return NamedSharding(mesh, PartitionSpec())
+    for outer, *inner in groups:
+        if inner and values.shape[outer] > 1 and values.shape[inner[0]] < shape[inner[0]]:
+            for position in range(values.shape[outer]):
+                start = box[outer].start + position
+                one = (*box[:outer], slice(start, start + 1), *box[outer + 1 :])
+                yield from _blocks(values.take([position], axis=outer), one, shape, groups)
+            return
+    starts = tuple(
+        int(np.ravel_multi_index([box[axis].start for axis in group], [shape[axis] for axis in group]))
+        for group in groups
+    )
+    if values.size:
+        yield values.reshape([math.prod(values.shape[axis] for axis in group) for group in groups]), starts
 
 
-def _grid(pieces: list[tuple[Box, jax.Array]], axis: int = 0) -> Grid:
-    """Arranges pieces as nested lists, one level per axis, by where they start; a lone piece as it is."""
-    if (axis == 0 and len(pieces) == 1) or axis == len(pieces[0][0]):
-        return pieces[0][1]
-    rows: dict[int, list[tuple[Box, jax.Array]]] = {}
-    for box, array in pieces:
-        rows.setdefault(box[axis].start, []).append((box, array))
-    return [_grid(rows[start], axis + 1) for start in sorted(rows)]
+def _runs(columns: np.ndarray, names: Sequence[str], numbers: dict[str, np.ndarray]) -> list[Run]:
+    """Runs of a final array's columns.
+
+    Args:
+        columns: number of the column that each of them was; 0 for padding.
+        names: leaves.
+        numbers: the numbers that a leaf's columns were given.
+    """
+    runs = []
+    for leaf in names:
+        first, last = int(numbers[leaf].min()), int(numbers[leaf].max())
+        (positions,) = np.nonzero((columns >= first) & (columns <= last))
+        breaks = np.nonzero((np.diff(positions) != 1) | (np.diff(columns[positions]) != 1))[0] + 1
+        for run in np.split(positions, breaks):
+            runs.append(Run(leaf, int(columns[run[0]]) - first, int(run[0]), len(run)))
+    return runs
 
 
-def _join(grid: Grid, axis: int = 0) -> jax.Array:
-    """The array whose pieces are `grid`."""
-    if not isinstance(grid, list):
-        return grid
-    return jnp.concatenate([_join(part, axis + 1) for part in grid], axis=axis)
+def _numbered(widths: dict[str, int]) -> dict[str, np.ndarray]:
+    """A number for every column of every leaf, from 1."""
+    numbers, first = {}, 1
+    for leaf, width in widths.items():
+        numbers[leaf] = np.arange(first, first + width, dtype=np.int32)
+        first += width
+    return numbers
 
 
 @functools.cache
-def _linear_function(
-    mesh: Mesh,
-    spec: PartitionSpec,
-    output_sizes: tuple[int, ...],
-    n_shards: int,
-    fused: bool,
-    repeats: tuple[int, ...],
-) -> Callable[[list[Grid], int], Any]:
-    """Compiled once per kind of linear layer: leaves in, final weight ([in, out], or a list of them) out."""
+def _linear_runs(
+    outputs: tuple[tuple[str, tuple[int, ...], int], ...], output_sizes: tuple[int, ...], n_shards: int
+) -> tuple[list[Run], int]:
+    """Where the columns of a linear layer's leaves go, and how many columns it has.
 
-    def build(grids: list[Grid], input_axes: int) -> Any:
-        outputs = []
-        for grid, repeat in zip(grids, repeats, strict=True):
-            kernel = _join(grid)
-            if repeat > 1:
-                kernel = jnp.repeat(kernel, repeat, axis=1)
-            outputs.append(kernel.reshape(math.prod(kernel.shape[:input_axes]), -1))
-        weight = outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=-1)
+    Args:
+        outputs: per output the leaf, its output axes ([features], or [heads, head_dim]) and how often each head comes.
+        output_sizes: tpu-inference's.
+        n_shards: shards its outputs are packed for.
+    """
+    numbers = _numbered({leaf: math.prod(axes) for leaf, axes, _ in outputs})
+    packed = np.concatenate(
+        [np.repeat(numbers[leaf].reshape(axes), repeats, axis=0).ravel() for leaf, axes, repeats in outputs]
+    )
+
+    @jax.jit
+    def process(weight: jax.Array) -> Any:
         return process_linear_weights(
             LinearWeights(weight, None, None, None),
-            fused=fused,
+            fused=True,
             output_sizes=list(output_sizes),
             reorder_size=n_shards,
         ).weight
 
-    return jax.jit(build, static_argnums=1, out_shardings=NamedSharding(mesh, spec))
+    columns = np.asarray(process(packed[None, :]))[0]
+    return _runs(columns, list(numbers), numbers), len(columns)
 
 
 @functools.cache
-def _experts_function(
-    mesh: Mesh, backend: Any, activation: Any, dtype: np.dtype, weight: str
-) -> Callable[[list[Grid], Any], jax.Array]:
-    """Compiled once per model and weight: leaves (and scales to be folded) in, packed and padded experts out."""
+def _expert_runs(
+    mesh: Any, backend: Any, activation: Any, leaves: tuple[str, ...], widths: tuple[int, ...], hidden: int
+) -> tuple[list[Run], int] | None:
+    """Where the columns of gate and up go, and how many columns the packed array has.
 
-    def build(grids: list[Grid], scales: jax.Array | None) -> jax.Array:
-        # [expert, in, out]; gate and up side by side.
-        experts = jnp.concatenate([_join(grid) for grid in grids], axis=2)
-        if scales is not None:
-            experts = experts.astype(jnp.float32) * scales[:, None, None]
-        # tpu-inference's function takes vLLM's [expert, out, in] of both weights and transposes: the two transposes
-        # cancel in XLA, and nothing is computed of the weight that is not asked for.
-        given = jnp.swapaxes(experts.astype(dtype), 1, 2)
-        count, out, inner = given.shape
-        other = (count, inner, out // 2) if weight == "w13_weight" else (count, 2 * inner, out)
-        both = {
-            weight: given,
-            "w2_weight" if weight == "w13_weight" else "w13_weight": jnp.zeros(other, dtype),
-        }
-        made = process_unquantized_moe_weights(
-            mesh=mesh, moe_backend=backend, activation=activation, w13_bias=None, w2_bias=None, **both
-        )
-        return getattr(made, weight)
-
-    return jax.jit(build)
-
-
-@functools.cache
-def _embedding_function(sharding: NamedSharding, rows: int) -> Callable[[Grid], jax.Array]:
-    """Compiled once per model: vocabulary rows in, padded and sharded table out."""
-
-    def build(grid: Grid) -> jax.Array:
-        table = _join(grid)
-        return jnp.pad(table, ((0, rows - table.shape[0]), (0, 0)))
-
-    return jax.jit(build, out_shardings=sharding)
+    None where tpu-inference's layout does more than to move columns of gate and up.
+    """
+    numbers = _numbered(dict(zip(leaves, widths, strict=True)))
+    packed = np.concatenate(list(numbers.values()))
+    inner = len(packed) // 2
+    down = jnp.arange(hidden * inner, dtype=jnp.int32).reshape(1, hidden, inner)
+    made = process_unquantized_moe_weights(
+        mesh=mesh,
+        moe_backend=backend,
+        activation=activation,
+        w13_weight=jnp.asarray(packed)[None, :, None],
+        w13_bias=None,
+        w2_weight=down,
+        w2_bias=None,
+    )
+    w13, w2 = np.asarray(made.w13_weight), np.asarray(made.w2_weight)
+    if (
+        w13.ndim != 3
+        or w13.shape[:2] != (1, 1)
+        or not np.array_equal(w2, np.swapaxes(np.asarray(down), 1, 2))
+    ):
+        return None
+    return _runs(w13[0, 0], leaves, numbers), w13.shape[2]
