@@ -8,12 +8,14 @@ engine/arg_utils.py.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,7 +122,9 @@ def _prepare(args: EngineArgs) -> Probe:
             )
         if args.served_model_name is None:
             args.served_model_name = [args.model]
-        args.model = args.hf_config_path or str(write_config_dir(checkpoint, options.model_name))
+        args.model = args.hf_config_path or str(
+            write_config_dir(checkpoint, options.model_name, processor_files(args, checkpoint))
+        )
     setattr(args, _PREPARED, checkpoint)
     return checkpoint
 
@@ -171,10 +175,60 @@ def _serve_as_text(args: EngineArgs, checkpoint: Probe, model_config: ModelConfi
     return True
 
 
-def write_config_dir(checkpoint: Probe, model_name: str | None) -> Path:
+PROCESSOR_FILES = (
+    "*processor_config.json",
+    "chat_template*",
+    "tokenizer*",
+    "special_tokens_map.json",
+)
+"""What transformers makes a multimodal processor of."""
+
+
+def processor_files(args: EngineArgs, checkpoint: Probe) -> list[Path]:
+    """Files of the image processor: vLLM looks for them beside config.json, a user names them by the tokenizer.
+
+    Empty for a checkpoint without a vision tower.
+
+    Raises:
+        EngineError: the tokenizer's repository cannot be had.
+    """
+    if checkpoint.dims.vision is None or args.tokenizer is None:
+        return []
+    from huggingface_hub import snapshot_download
+
+    try:
+        source = (
+            args.tokenizer
+            if os.path.isdir(args.tokenizer)
+            else snapshot_download(
+                args.tokenizer, revision=args.tokenizer_revision, allow_patterns=list(PROCESSOR_FILES)
+            )
+        )
+    except (OSError, ValueError) as error:
+        raise EngineError(
+            f"{checkpoint.items}: has a vision tower, and its image processor is taken from the tokenizer's repository; "
+            f"{args.tokenizer} cannot be had: {error}"
+        ) from error
+    files = {path for pattern in PROCESSOR_FILES for path in Path(source).glob(pattern)}
+    if not any(path.name.endswith("processor_config.json") for path in files):
+        logger.warning(
+            "%s has a vision tower, but %s holds no image processor (processor_config.json): give the tokenizer of the "
+            "multimodal model, or serve text only with --language-model-only.",
+            checkpoint.items,
+            args.tokenizer,
+        )
+    return sorted(files)
+
+
+def write_config_dir(checkpoint: Probe, model_name: str | None, beside: Sequence[Path] = ()) -> Path:
     """A directory with the checkpoint's config.json, for vLLM to take as `model`.
 
     Its name is a digest of its content, so that restarts and several engines share it.
+
+    Args:
+        checkpoint: what was found.
+        model_name: preset to take from what shapes cannot tell.
+        beside: files that vLLM looks for in the same directory; they are linked.
 
     Raises:
         ConfigMismatchError: no configuration can be made; see `hf_config.make_config`.
@@ -185,7 +239,8 @@ def write_config_dir(checkpoint: Probe, model_name: str | None) -> Path:
 
     config = make_config(checkpoint.dims, model_name, checkpoint.items)
     text = json.dumps(config.to_dict(), indent=2, sort_keys=True)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    links = {file.name: file.resolve() for file in beside}
+    digest = hashlib.sha256(f"{text}{sorted(links.items())}".encode()).hexdigest()[:16]
     directory = Path(vllm.envs.VLLM_CACHE_ROOT) / "maxtext" / digest
     path = directory / "config.json"
     if not path.exists():
@@ -194,5 +249,8 @@ def write_config_dir(checkpoint: Probe, model_name: str | None) -> Path:
         with tempfile.NamedTemporaryFile("w", dir=directory, suffix=".tmp", delete=False) as file:
             file.write(text)
         os.replace(file.name, path)
+    for name, target in links.items():
+        with contextlib.suppress(FileExistsError):
+            (directory / name).symlink_to(target)
     logger.info("Configuration read from the checkpoint's shapes: %s", path)
     return directory

@@ -25,7 +25,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any
 
@@ -56,6 +56,7 @@ from vllm_maxtext_loader.checkpoint.reader import Box, Piece
 from vllm_maxtext_loader.checkpoint.tree import Leaf
 from vllm_maxtext_loader.conversion.convert import ScaleStore, layer_of, transform
 from vllm_maxtext_loader.conversion.gemma4 import Scope, Value
+from vllm_maxtext_loader.conversion.ops import unscale_embedding
 from vllm_maxtext_loader.conversion.plan import LeafPlan, Plan, Write
 
 Starts = tuple[int, ...]
@@ -160,6 +161,27 @@ class _Weight:
         return jax.make_array_from_single_device_arrays(self.shape, self.sharding, shards)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Move:
+    """A part of a piece, and where it goes.
+
+    Attributes:
+        weight: the array it is a part of.
+        device: whose shard.
+        write: the layer.
+        values: one axis per axis of the array.
+        rows: their indices along the leaf's first axis (experts, or input features, or vocabulary).
+        starts: where they begin in the device's shard.
+    """
+
+    weight: _Weight
+    device: Any
+    write: Write
+    values: np.ndarray
+    rows: slice
+    starts: Starts
+
+
 class DirectPlacer:
     """Takes the pieces of the leaves it `wants`, and fills the model's modules.
 
@@ -195,13 +217,20 @@ class DirectPlacer:
         """Whether other processes hold shards of the model, too."""
         return jax.process_count() > 1
 
-    def needs(self, leaf: Leaf, box: Box) -> bool:
-        """Whether a device of this process holds any of a box; leaves that are not placed directly are needed whole."""
+    def needs(self, leaf: Leaf, box: Box, devices: Collection[Any] | None = None) -> bool:
+        """Whether a device holds any of a box; leaves that are not placed directly are needed whole.
+
+        Args:
+            leaf: the array.
+            box: a part of it.
+            devices: which devices; None means those of this process.
+        """
         entry = self._entries[leaf.key]
         if not self.wants(entry):
             return True
         nothing = np.broadcast_to(np.uint8(0), [part.stop - part.start for part in box])
-        return any(True for _ in self._targets(entry, Piece(leaf, box, nothing, last=False)))
+        moves = self._moves(entry, Piece(leaf, box, nothing, last=False))
+        return any(devices is None or move.device in devices for move in moves)
 
     def targets(self) -> set[str]:
         """Hugging Face names that do not come through `model.load_weights`."""
@@ -255,37 +284,37 @@ class DirectPlacer:
     def _entries(self) -> dict[str, LeafPlan]:
         return {entry.leaf.key: entry for entry in self.plan.leaves}
 
-    def _targets(
-        self, entry: LeafPlan, piece: Piece
-    ) -> Iterator[tuple[_Weight, Any, np.ndarray, Starts, np.ndarray | None]]:
-        """Yields (weight, device, values, where they begin in its shard, expert scales to be multiplied in)."""
+    def _moves(self, entry: LeafPlan, piece: Piece) -> Iterator[_Move]:
+        """What of a piece goes where, layer by layer and device by device."""
         leaf, shape = entry.rule.leaf, _layer_shape(entry)
         for write in entry.writes:
             if (found := layer_of(entry, write, piece)) is None:
                 continue
             values, box = found
             if entry.rule.value is Value.UNSCALE_EMBEDDING:
-                # Divided on the host: XLA may turn a division by a constant into a multiplication.
-                values, box = transform(entry, write, values, box, self.fold, self.scales)
-            folds = self.fold and entry.rule.value is Value.EXPERT_OUTPUT
+                # Rows past the vocabulary are the writer's padding.
+                values = values[: max(0, write.sizes["V"] - box[0].start)]
             weight = self._weights[_layer(entry, write), leaf]
             for block, starts in _blocks(values, box, shape, weight.groups[leaf]):
                 for device, part, local in weight.targets(leaf, starts, block.shape):
-                    scales = None
-                    if folds:
-                        first = starts[0]
-                        scales = self.scales.get(
-                            write.layer, slice(first + part[0].start, first + part[0].stop)
-                        )
-                    yield weight, device, block[part], local, scales
+                    rows = slice(starts[0] + part[0].start, starts[0] + part[0].stop)
+                    yield _Move(weight, device, write, block[part], rows, local)
 
     def _put(self, entry: LeafPlan, piece: Piece) -> None:
         """Copies a piece into the shards it is a part of."""
         touched: dict[int, _Weight] = {}
-        for weight, device, values, starts, scales in self._targets(entry, piece):
+        for move in self._moves(entry, piece):
+            values, scales = np.ascontiguousarray(move.values), None
+            match entry.rule.value:
+                case Value.UNSCALE_EMBEDDING:
+                    # Divided on the host: XLA may turn a division by a constant into a multiplication.
+                    values = unscale_embedding(values, move.write.sizes["H"])
+                case Value.EXPERT_OUTPUT if self.fold:
+                    scales = self.scales.get(move.write.layer, move.rows)
+            weight = move.weight
             weight.wait()
-            block = jax.device_put(np.ascontiguousarray(values), device)
-            weight.shards[device] = _update(weight.shards[device], block, starts, scales)
+            block = jax.device_put(values, move.device)
+            weight.shards[move.device] = _update(weight.shards[move.device], block, move.starts, scales)
             touched[id(weight)] = weight
         # The piece's memory is used again as soon as this returns, and on the CPU a block is that memory.
         jax.block_until_ready([list(weight.shards.values()) for weight in touched.values()])
@@ -471,7 +500,7 @@ def _moe_weights(**weights: Any) -> FusedMoEWeights:
     return FusedMoEWeights(**{**dict.fromkeys(names), **weights})
 
 
-def _finish_experts(module: Any, name: str, array: jax.Array) -> None:
+def _finish_experts(module: Any, name: str, array: Any) -> None:
     method: Any = module.quant_method
     _forget(module, name)
     layout = array.format.layout

@@ -1,0 +1,82 @@
+"""A checkpoint with a vision tower is served with the image processor of its tokenizer's repository."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from conftest import cases
+
+pytest.importorskip("vllm")
+
+from vllm_maxtext_loader import errors
+from vllm_maxtext_loader.engine import processor_files, write_config_dir
+from vllm_maxtext_loader.probe import probe
+
+
+def arguments(tokenizer: Path | str | None) -> Any:
+    """What is looked at of EngineArgs."""
+    return SimpleNamespace(tokenizer=None if tokenizer is None else str(tokenizer), tokenizer_revision=None)
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Path:
+    """A directory with a tokenizer and an image processor."""
+    directory = tmp_path / "tokenizer"
+    directory.mkdir()
+    for name in (
+        "tokenizer.json",
+        "processor_config.json",
+        "preprocessor_config.json",
+        "chat_template.jinja",
+    ):
+        (directory / name).write_text("{}")
+    (directory / "model.safetensors").write_text("not wanted")
+    return directory
+
+
+def test_processor_lies_beside_the_configuration(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
+    found = probe(str(cases()["moe_mm"].items), None, trim=False)
+    files = processor_files(arguments(tokenizer), found)
+    for _ in range(2):
+        directory = write_config_dir(found, "gemma4-26b", files)
+    assert {path.name for path in directory.iterdir()} == {
+        "config.json",
+        "tokenizer.json",
+        "processor_config.json",
+        "preprocessor_config.json",
+        "chat_template.jinja",
+    }
+    assert json.loads((directory / "config.json").read_text())["architectures"] == [
+        "Gemma4ForConditionalGeneration"
+    ]
+    assert write_config_dir(found, "gemma4-26b") != directory
+
+
+def test_text_checkpoint_needs_none(tokenizer: Path) -> None:
+    assert processor_files(arguments(tokenizer), probe(str(cases()["moe_v2"].items), None, trim=False)) == []
+
+
+def test_missing_processor_is_said(tokenizer: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for file in tokenizer.glob("*processor_config.json"):
+        file.unlink()
+    found = probe(str(cases()["moe_mm"].items), None, trim=False)
+    logging.getLogger("vllm").propagate = True
+    with caplog.at_level("WARNING", logger="vllm"):
+        processor_files(arguments(tokenizer), found)
+    assert "holds no image processor" in caplog.text
+    assert str(tokenizer) in caplog.text
+
+
+def test_repository_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    found = probe(str(cases()["moe_mm"].items), None, trim=False)
+    with pytest.raises(errors.EngineError, match=r"google/no-such-tokenizer cannot be had"):
+        processor_files(arguments("google/no-such-tokenizer"), found)

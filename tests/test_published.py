@@ -1,0 +1,73 @@
+"""The synthesised configuration against the published ones, field by field (tests/fixtures/published.json: MaxText 0.2.5)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+from conftest import FIXTURES
+from transformers import Gemma4Config
+
+from vllm_maxtext_loader.conversion.gemma4 import Dims
+from vllm_maxtext_loader.hf_config import PRESETS, PUBLISHED_VOCAB, make_config, match_preset
+
+PUBLISHED: dict[str, dict[str, Any]] = json.loads((FIXTURES / "published.json").read_text())
+
+DIFFERENT: dict[str, dict[str, str]] = {
+    # 26B's value, copied with the rest of its dictionary; a model without experts has no use for it.
+    "gemma4-31b": {"text_config.moe_intermediate_size": "a leftover of 26B's"},
+    # MaxText has no clip bounds and computes the unclipped function.
+    "gemma4-e2b": {
+        "vision_config.use_clipped_linears": "MaxText's vision tower does not clip",
+        "text_config.expert_intermediate_size": "no field of transformers', and null",
+    },
+    "gemma4-e4b": {
+        "vision_config.use_clipped_linears": "MaxText's vision tower does not clip",
+        "text_config.expert_intermediate_size": "no field of transformers', and null",
+    },
+}
+"""Fields that deliberately differ from the record, and why."""
+
+IGNORED = ("transformers_version", "_name_or_path", "architectures", "audio_config")
+"""Of the file, not of the model; and audio, which MaxText's Gemma 4 has no weights for."""
+
+
+def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Fields by dotted name, one level of sub-configurations deep."""
+    fields: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in IGNORED:
+            continue
+        if key in ("text_config", "vision_config"):
+            fields |= flat(value, f"{key}.")
+        else:
+            fields[prefix + key] = value
+    return fields
+
+
+def published_dims(name: str) -> Dims:
+    """Dimensions of a published model with its vision tower."""
+    return Dims.from_config(Gemma4Config(**PUBLISHED[name]))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_has_the_published_dimensions(name: str) -> None:
+    dims = published_dims(name)
+    assert dims.vocab == PUBLISHED_VOCAB
+    assert dataclasses.replace(dims, vision=None) == PRESETS[name].dims()
+    assert match_preset(dims) == name
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_configuration_is_the_published_one(name: str) -> None:
+    made = flat(make_config(published_dims(name), None, "test").to_dict())
+    # Through transformers, so that what the record leaves out is transformers' default on both sides.
+    wanted = flat(Gemma4Config(**PUBLISHED[name]).to_dict())
+    differences = {
+        field: (made.get(field, "absent"), wanted.get(field, "absent"))
+        for field in made.keys() | wanted.keys()
+        if made.get(field, "absent") != wanted.get(field, "absent")
+    }
+    assert differences.keys() == DIFFERENT.get(name, {}).keys(), differences
