@@ -1,0 +1,149 @@
+"""The small parts of placing: memory that is used again, boxes as blocks, columns to where they belong."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import numpy as np
+import pytest
+
+from vllm_maxtext_loader.checkpoint.reader import Box, _Ring, boxes, read_pieces
+from vllm_maxtext_loader.checkpoint.tree import Leaf
+
+pytest.importorskip("tpu_inference")
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tpu_inference.layers.common.process_weights.linear_weights import LinearWeights, process_linear_weights
+
+from vllm_maxtext_loader.tpu.columns import Run, linear_runs
+from vllm_maxtext_loader.tpu.shards import Weight, blocks, update
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_ring_never_gives_memory_that_is_taken(seed: int) -> None:
+    rng = random.Random(seed)
+    ring, taken = _Ring(1 << 14), []
+    for number in range(400):
+        if taken and rng.random() < 0.45:
+            memory, mark = taken.pop(0)
+            assert np.all(memory == mark)
+            ring.give_back()
+        elif (memory := ring.take(rng.randrange(1, 6000))) is not None:
+            assert memory.ctypes.data % 64 == 0
+            memory[:] = number % 251
+            taken.append((memory, number % 251))
+    assert all(np.all(memory == mark) for memory, mark in taken)
+
+
+def test_ring_gives_what_is_larger_than_itself_only_alone() -> None:
+    ring = _Ring(1000)
+    assert (large := ring.take(5000)) is not None
+    assert large.nbytes >= 5000
+    assert ring.take(1) is None
+    ring.give_back()
+    assert ring.take(1) is not None
+    assert ring.take(5000) is None
+
+
+def test_boxes_that_are_not_needed_are_not_read() -> None:
+    import tensorstore as ts
+
+    values = np.arange(48, dtype=np.float32).reshape(8, 6)
+    leaf = Leaf("a", ("a",), (8, 6), values.dtype, (2, 3))
+    arrays = {"a": ts.array(values)}
+
+    def needed(_: Leaf, box: Box) -> bool:
+        return box[0].start >= 4
+
+    # A budget of four chunks: every chunk is a box of its own.
+    pieces = [
+        (piece.box, piece.array.copy(), piece.last)
+        for piece in read_pieces([leaf], arrays, 4 * 24, "test", needed=needed, outer={"a": (1,)})
+    ]
+    assert len(pieces) == 4
+    assert [last for *_, last in pieces] == [False, False, False, True]
+    for box, array, _ in pieces:
+        np.testing.assert_array_equal(array, values[box])
+
+
+def test_outer_axes_are_contiguous() -> None:
+    import tensorstore as ts
+
+    values = np.arange(120, dtype=np.float32).reshape(4, 5, 6)
+    leaf = Leaf("a", ("a",), (4, 5, 6), values.dtype, (4, 5, 6))
+    (piece,) = read_pieces([leaf], {"a": ts.array(values)}, 1 << 20, "test", outer={"a": (1,)})
+    np.testing.assert_array_equal(piece.array, values)
+    assert all(piece.array[:, layer].flags.c_contiguous for layer in range(5))
+
+
+@pytest.mark.parametrize("shape", [(6, 4, 8), (5, 1, 3), (1, 4, 2)])
+@pytest.mark.parametrize("groups", [((0,), (1, 2)), ((0, 1), (2,)), ((0,), (1,), (2,))])
+def test_blocks_are_the_flattened_array(shape: tuple[int, ...], groups: tuple[tuple[int, ...], ...]) -> None:
+    values = np.arange(np.prod(shape)).reshape(shape)
+    flat = values.reshape([int(np.prod([shape[axis] for axis in group])) for group in groups])
+    for chunks in itertools.product(*[{1, max(1, size // 2), size} for size in shape]):
+        made = np.full_like(flat, -1)
+        for box in boxes(Leaf("a", ("a",), shape, values.dtype, chunks), 1):
+            for block, starts in blocks(values[box], box, shape, groups):
+                at = tuple(
+                    slice(start, start + size) for start, size in zip(starts, block.shape, strict=True)
+                )
+                assert np.all(made[at] == -1)
+                made[at] = block
+        np.testing.assert_array_equal(made, flat)
+
+
+@pytest.mark.parametrize("n_shards", [1, 2, 4])
+def test_columns_go_where_tpu_inference_puts_them(n_shards: int) -> None:
+    rng = np.random.default_rng(0)
+    query, key = rng.random((6, 8, 4), np.float32), rng.random((6, 2, 4), np.float32)
+    repeats = max(1, n_shards // 2)
+    packed = [query, np.repeat(key, repeats, axis=1), np.repeat(key, repeats, axis=1)]
+    sizes = [part[0].size for part in packed]
+    wanted = process_linear_weights(
+        LinearWeights(jnp.concatenate([part.reshape(6, -1) for part in packed], axis=1), None, None, None),
+        fused=True,
+        output_sizes=sizes,
+        reorder_size=n_shards,
+    ).weight
+    # Where there is no value leaf, keys serve twice.
+    outputs = (("query", (8, 4), 1), ("key", (2, 4), repeats), ("key", (2, 4), repeats))
+    runs, columns = linear_runs(outputs, tuple(sizes), n_shards)
+    made = np.zeros((6, columns), np.float32)
+    for run in runs:
+        source = {"query": query, "key": key}[run.leaf].reshape(6, -1)
+        made[:, run.start : run.start + run.length] = source[:, run.source : run.source + run.length]
+    np.testing.assert_array_equal(made, wanted)
+
+
+def test_shards_are_filled_in_place() -> None:
+    mesh = Mesh(np.array(jax.devices()[:1]), ("model",))
+    values = np.random.default_rng(0).random((6, 10), np.float32)
+    weight = Weight(
+        parameters=("w",),
+        shape=(6, 12),
+        sharding=NamedSharding(mesh, PartitionSpec(None, "model")),
+        groups={"a": ((0,), (1,))},
+        runs=[Run("a", 0, 7, 5), Run("a", 5, 1, 5)],
+        waiting={"a"},
+        finish=lambda array: None,
+    )
+    weight.make(np.dtype(np.float32))
+    for box in boxes(Leaf("a", ("a",), (6, 10), values.dtype, (4, 3)), 1):
+        for device, part, starts in weight.targets("a", (box[0].start, box[1].start), values[box].shape):
+            block = jax.device_put(np.ascontiguousarray(values[box][part]), device)
+            weight.shards[device] = update(weight.shards[device], block, starts, None)
+    wanted = np.zeros((6, 12), np.float32)
+    wanted[:, 7:], wanted[:, 1:6] = values[:, :5], values[:, 5:]
+    np.testing.assert_array_equal(weight.array(), wanted)
+
+
+def test_scales_are_multiplied_in_with_one_rounding() -> None:
+    rng = np.random.default_rng(0)
+    block, scales = rng.random((3, 4, 5), np.float32), rng.random(3, np.float32)
+    wanted = jnp.asarray(block * scales[:, None, None]).astype(jnp.bfloat16)
+    made = update(jnp.zeros((3, 4, 5), jnp.bfloat16), jnp.asarray(block), (0, 0, 0), scales)
+    np.testing.assert_array_equal(np.asarray(made), np.asarray(wanted))

@@ -1,0 +1,123 @@
+"""Which output column of a MaxText leaf goes to which column of tpu-inference's packed array.
+
+Not written down: column numbers are sent through tpu-inference's own functions, once per kind of layer, and the answer is the
+map. Written against tpu-inference 0.32.0 layers/common/process_weights/{linear,moe}_weights.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tpu_inference.layers.common.process_weights.linear_weights import LinearWeights, process_linear_weights
+from tpu_inference.layers.common.process_weights.moe_weights import process_unquantized_moe_weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Neighbouring columns of a leaf that are neighbours in the final array, too.
+
+    Attributes:
+        leaf: MaxText leaf name ("self_attention.query.kernel").
+        source: first column in the leaf, its output axes flattened.
+        start: first column in the final array.
+        length: number of columns.
+    """
+
+    leaf: str
+    source: int
+    start: int
+    length: int
+
+
+def _runs(columns: np.ndarray, names: Sequence[str], numbers: dict[str, np.ndarray]) -> list[Run]:
+    """Runs of a final array's columns.
+
+    Args:
+        columns: number of the column that each of them was; 0 for padding.
+        names: leaves.
+        numbers: the numbers that a leaf's columns were given.
+    """
+    runs = []
+    for leaf in names:
+        first, last = int(numbers[leaf].min()), int(numbers[leaf].max())
+        (positions,) = np.nonzero((columns >= first) & (columns <= last))
+        breaks = np.nonzero((np.diff(positions) != 1) | (np.diff(columns[positions]) != 1))[0] + 1
+        for run in np.split(positions, breaks):
+            runs.append(Run(leaf, int(columns[run[0]]) - first, int(run[0]), len(run)))
+    return runs
+
+
+def _numbered(widths: dict[str, int]) -> dict[str, np.ndarray]:
+    """A number for every column of every leaf, from 1."""
+    numbers, first = {}, 1
+    for leaf, width in widths.items():
+        numbers[leaf] = np.arange(first, first + width, dtype=np.int32)
+        first += width
+    return numbers
+
+
+@functools.cache
+def linear_runs(
+    outputs: tuple[tuple[str, tuple[int, ...], int], ...], output_sizes: tuple[int, ...], n_shards: int
+) -> tuple[list[Run], int]:
+    """Where the columns of a linear layer's leaves go, and how many columns it has.
+
+    Args:
+        outputs: per output the leaf, its output axes ([features], or [heads, head_dim]) and how often each head comes.
+        output_sizes: tpu-inference's.
+        n_shards: shards its outputs are packed for.
+    """
+    numbers = _numbered({leaf: math.prod(axes) for leaf, axes, _ in outputs})
+    packed = np.concatenate(
+        [np.repeat(numbers[leaf].reshape(axes), repeats, axis=0).ravel() for leaf, axes, repeats in outputs]
+    )
+
+    @jax.jit
+    def process(weight: jax.Array) -> Any:
+        return process_linear_weights(
+            LinearWeights(weight, None, None, None),
+            fused=True,
+            output_sizes=list(output_sizes),
+            reorder_size=n_shards,
+        ).weight
+
+    columns = np.asarray(process(packed[None, :]))[0]
+    return _runs(columns, list(numbers), numbers), len(columns)
+
+
+@functools.cache
+def expert_runs(
+    mesh: Any, backend: Any, activation: Any, leaves: tuple[str, ...], widths: tuple[int, ...], hidden: int
+) -> tuple[list[Run], int] | None:
+    """Where the columns of gate and up go, and how many columns the packed array has.
+
+    None where tpu-inference's layout does more than to move columns of gate and up.
+    """
+    numbers = _numbered(dict(zip(leaves, widths, strict=True)))
+    packed = np.concatenate(list(numbers.values()))
+    inner = len(packed) // 2
+    down = jnp.arange(hidden * inner, dtype=jnp.int32).reshape(1, hidden, inner)
+    made = process_unquantized_moe_weights(
+        mesh=mesh,
+        moe_backend=backend,
+        activation=activation,
+        w13_weight=jnp.asarray(packed)[None, :, None],
+        w13_bias=None,
+        w2_weight=down,
+        w2_bias=None,
+    )
+    w13, w2 = np.asarray(made.w13_weight), np.asarray(made.w2_weight)
+    if (
+        w13.ndim != 3
+        or w13.shape[:2] != (1, 1)
+        or not np.array_equal(w2, np.swapaxes(np.asarray(down), 1, 2))
+    ):
+        return None
+    return _runs(w13[0, 0], leaves, numbers), w13.shape[2]
