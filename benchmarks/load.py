@@ -1,7 +1,7 @@
 """How fast, and in how much host memory, weights get into the engine; compared in one run.
 
     python benchmarks/load.py --gib 3 --shapes 26b --rounds 5
-    python benchmarks/load.py --gib 1 2 4 --rounds 3 --loaders direct
+    python benchmarks/load.py --gib 1.5 3 4 --rounds 3 --loaders direct
 
 For every size it makes a checkpoint pair of real layer shapes: a MaxText v2 scanned checkpoint written by Orbax with
 sharded chunks, as MaxText does, and the same weights as Hugging Face safetensors (by this package's export). Then each
@@ -73,7 +73,9 @@ def dims_for(shapes: str, gib: float) -> dict[str, Any]:
     if shapes == "26b":
         expert = 3 * dims["hidden"] * dims["expert_mlp"] * 2 * dims["layers"]
         fixed = sum(size for _, size in _leaf_sizes(dims)) * 2
-        dims["experts"] = max(DEVICES_OF_THE_WRITER, round((gib * GIB - fixed) / expert / 4) * 4)
+        # Experts are what the writer shards over.
+        step = DEVICES_OF_THE_WRITER
+        dims["experts"] = max(step, round((gib * GIB - fixed) / expert / step) * step)
     else:
         # One block of six layers is 5.3 GiB: the MLP is narrowed to the size.
         other = sum(size for _, size in _leaf_sizes(dict(dims, mlp=0))) * 2
@@ -171,19 +173,22 @@ def make_checkpoint(directory: Path, dims: dict[str, Any]) -> None:
         writer.save(directory / "0", args=ocp.args.Composite(items=ocp.args.PyTreeSave(tree)))
 
 
-def make_pair(directory: Path, dims: dict[str, Any]) -> tuple[Path, Path]:
-    """The checkpoint and its Hugging Face export."""
-    checkpoint, exported = directory / "maxtext", directory / "hf"
+def make_checkpoint_in_process(checkpoint: Path, dims: dict[str, Any]) -> Path:
+    """Writes the MaxText checkpoint in a process that has the writer's devices."""
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES_OF_THE_WRITER}",
     }
-    subprocess.run(
-        [sys.executable, os.path.abspath(__file__), "--make", str(checkpoint), json.dumps(dims)],
-        env=environment,
-        check=True,
-    )
+    command = [sys.executable, os.path.abspath(__file__), "--make", str(checkpoint), json.dumps(dims)]
+    subprocess.run(command, env=environment, check=True)
+    return checkpoint
+
+
+def make_pair(directory: Path, dims: dict[str, Any]) -> tuple[Path, Path]:
+    """The checkpoint and its Hugging Face export."""
+    exported = directory / "hf"
+    checkpoint = make_checkpoint_in_process(directory / "maxtext", dims)
     config = directory / "config"
     config.mkdir()
     write_config(config, checkpoint)
