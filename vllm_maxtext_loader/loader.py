@@ -172,6 +172,7 @@ class _Meter:
     def __init__(self, checkpoint: Checkpoint, show: bool) -> None:
         self.checkpoint = checkpoint
         self.waited = self.converted = 0.0
+        self.read = 0
         self.bar = tqdm(
             total=checkpoint.plan.nbytes,
             desc="Loading MaxText checkpoint",
@@ -194,6 +195,7 @@ class _Meter:
         """Counts a box that was placed on the device."""
         self.bar.set_postfix_str(piece.leaf.name[-40:], refresh=False)
         self.bar.update(piece.array.nbytes)
+        self.read += piece.array.nbytes
 
     def close(self) -> None:
         """Leaves the terminal in order, whatever happened."""
@@ -208,6 +210,8 @@ class _Meter:
         skipped = ""
         if tree.skipped:
             skipped = f"; skipped {_gib(tree.skipped_nbytes)} of {_reasons(self.checkpoint)}"
+        if self.read < plan.nbytes:
+            skipped += f"; read {_gib(self.read)}, what this process's devices hold a part of"
         place = max(0.0, seconds - self.waited - self.converted)
         logger.info(
             "Loaded %s%s: Gemma 4 (%s), %s, %d leaves into %d tensors, %s in %.1f s (%s/s): waiting for "
