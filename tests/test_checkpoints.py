@@ -139,7 +139,7 @@ def _train_state(params: Tree) -> Tree:
 
 WRITERS: dict[str, tuple[str, Callable[[Tree], Tree], str]] = {
     "bare params": ("items", lambda params: {"params": params}, "Linen (bare params)"),
-    "Tunix SFT": ("model_params", _nnx, "NNX (Tunix SFT)"),
+    "Tunix SFT": ("model_params", _nnx, "NNX (Tunix SFT or MaxText decode)"),
     "Tunix RL": ("model_params", lambda params: {"base": _nnx(params)}, "NNX (Tunix RL)"),
     "training": ("items", _train_state, "Linen (MaxText train state)"),
 }

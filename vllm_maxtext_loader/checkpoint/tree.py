@@ -34,7 +34,7 @@ ANCHOR = ("token_embedder", "embedding")
 WRAPPERS: dict[tuple[str, ...], str] = {
     ("params", "params"): "Linen (MaxText train state)",
     ("params",): "Linen (bare params)",
-    (): "NNX (Tunix SFT)",
+    (): "NNX (Tunix SFT or MaxText decode)",
     ("base",): "NNX (Tunix RL)",
     ("model",): "NNX (MaxText train state)",
 }
