@@ -5,8 +5,9 @@ one process starts many engines, one after the other. The tests run this file an
 
     python worker.py JOBS.json ANSWERS.json
 
-A job: {"name", "model", "arguments": {…}, "environment": {…}, "prompts": [[token ids]], "vocab_size": n, "keep_state": bool, "compare": name,
-"folded": bool, "forget": name}. `compare` is an earlier job whose state was kept, until a job says `forget`.
+A job: {"name", "model", "arguments": {…}, "environment": {…}, "prompts": [[token ids]], "images": [path], "vocab_size": n, "keep_state": bool,
+"compare": name, "folded": bool, "forget": name}. `compare` is an earlier job whose state was kept, until a job says `forget`. Where there
+are images, every prompt has one.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import ml_dtypes
 import numpy as np
+from PIL import Image
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 COMMON = {"skip_tokenizer_init": True, "max_model_len": 128, "max_num_seqs": 4, "max_num_batched_tokens": 128}
@@ -133,9 +135,11 @@ def run(job: dict[str, Any], kept: dict[str, Any]) -> dict[str, Any]:
             parameters = SamplingParams(
                 max_tokens=1, temperature=0, logprobs=job["vocab_size"], detokenize=False
             )
-            outputs = llm.generate(
-                [{"prompt_token_ids": p} for p in job["prompts"]], parameters, use_tqdm=False
-            )
+            prompts: list[Any] = [{"prompt_token_ids": tokens} for tokens in job["prompts"]]
+            for prompt, image in zip(prompts, job.get("images", ()), strict=False):
+                prompt["multi_modal_data"] = {"image": Image.open(image)}
+            outputs = llm.generate(prompts, parameters, use_tqdm=False)
+            answer["prompt_lengths"] = [len(output.prompt_token_ids) for output in outputs]
             answer["tokens"] = [list(output.outputs[0].token_ids) for output in outputs]
             answer["logprobs"] = [
                 {str(token): entry.logprob for token, entry in output.outputs[0].logprobs[0].items()}
