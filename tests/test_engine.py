@@ -2,7 +2,7 @@
 
 Truth number two: what the engine holds after `load_format="maxtext"` is what it holds after loading the Hugging Face twin by
 vLLM's default loader, bit by bit and device by device, except what folding and the embedding change, which are checked by
-value. Both ways of loading (straight to the device; through `model.load_weights`) end in the same bits.
+value. All ways of loading (straight to the device, by the host or by the device; through `model.load_weights`) end in the same bits.
 
 Truth number three: what it says is what transformers says in float32.
 
@@ -81,7 +81,7 @@ def parallel_ids() -> list[str]:
 
 @pytest.fixture(scope="module")
 def parallel(twin: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Each checkpoint at each parallel setting, loaded three ways."""
+    """Each checkpoint at each parallel setting, loaded by the default loader and three ways."""
     jobs: list[dict[str, Any]] = []
     for key in parallel_ids():
         name, _, setting = key.partition("-tp")
@@ -120,6 +120,13 @@ def parallel(twin: Callable[[str], Path], tmp_path_factory: pytest.TempPathFacto
                 "arguments": ours,
                 "environment": {"VLLM_MAXTEXT_DIRECT": "0"},
                 "compare": f"{key} direct",
+            },
+            {
+                "name": f"{key} device",
+                "model": str(directory),
+                "arguments": ours,
+                "environment": {"VLLM_MAXTEXT_DIRECT": "device"},
+                "compare": f"{key} direct",
                 "forget": f"{key} direct",
             },
         ]
@@ -144,9 +151,10 @@ def test_state_is_the_default_loaders(parallel: dict[str, Any], key: str) -> Non
         )
 
 
+@pytest.mark.parametrize("way", ["waist", "device"])
 @pytest.mark.parametrize("key", parallel_ids())
-def test_both_ways_end_in_the_same_bits(parallel: dict[str, Any], key: str) -> None:
-    answer = parallel[f"{key} waist"]
+def test_all_ways_end_in_the_same_bits(parallel: dict[str, Any], key: str, way: str) -> None:
+    answer = parallel[f"{key} {way}"]
     assert "error" not in answer, answer.get("traceback")
     assert answer["differences"] == {}
     assert answer["placed_elsewhere"] == []

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tpu_inference.layers.common.process_weights.linear_weights import LinearWeights, process_linear_weights
 
 from vllm_maxtext_loader.tpu.columns import Run, linear_runs
-from vllm_maxtext_loader.tpu.shards import Weight, blocks, update
+from vllm_maxtext_loader.tpu.shards import DeviceShard, HostShard, Weight, blocks, make_shard
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -119,7 +119,19 @@ def test_columns_go_where_tpu_inference_puts_them(n_shards: int) -> None:
     np.testing.assert_array_equal(made, wanted)
 
 
-def test_shards_are_filled_in_place() -> None:
+SHARDS = [HostShard, DeviceShard]
+
+
+def test_device_decides_the_kind_of_shard(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = jax.devices()[0]
+    assert isinstance(make_shard((2,), np.dtype(np.float32), device), HostShard)
+    monkeypatch.setenv("VLLM_MAXTEXT_DIRECT", "device")
+    assert isinstance(make_shard((2,), np.dtype(np.float32), device), DeviceShard)
+
+
+@pytest.mark.parametrize("kind", ["1", "device"])
+def test_shards_are_filled_in_place(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_MAXTEXT_DIRECT", kind)
     mesh = Mesh(np.array(jax.devices()[:1]), ("model",))
     values = np.random.default_rng(0).random((6, 10), np.float32)
     weight = Weight(
@@ -130,20 +142,49 @@ def test_shards_are_filled_in_place() -> None:
         runs=[Run("a", 0, 7, 5), Run("a", 5, 1, 5)],
         waiting={"a"},
         finish=lambda array: None,
+        dtype=np.dtype(np.float32),
     )
-    weight.make(np.dtype(np.float32))
     for box in boxes(Leaf("a", ("a",), (6, 10), values.dtype, (4, 3)), 1):
         for device, part, starts in weight.targets("a", (box[0].start, box[1].start), values[box].shape):
-            block = jax.device_put(np.ascontiguousarray(values[box][part]), device)
-            weight.shards[device] = update(weight.shards[device], block, starts, None)
+            weight.shard(device).write(values[box][part], starts)
     wanted = np.zeros((6, 12), np.float32)
     wanted[:, 7:], wanted[:, 1:6] = values[:, :5], values[:, 5:]
     np.testing.assert_array_equal(weight.array(), wanted)
 
 
-def test_scales_are_multiplied_in_with_one_rounding() -> None:
+@pytest.mark.parametrize("kind", SHARDS)
+def test_written_memory_may_be_used_again(kind: type[HostShard | DeviceShard]) -> None:
+    shard = kind((4, 6), np.dtype(np.float32), jax.devices()[0])
+    block = np.ones((2, 6), np.float32)
+    shard.write(block, (1, 0))
+    shard.settle()
+    block[:] = 7
+    np.testing.assert_array_equal(np.asarray(shard.array()).sum(axis=1), [0, 6, 6, 0])
+
+
+@pytest.mark.parametrize("rows", [3, 4000])
+@pytest.mark.parametrize("kind", SHARDS)
+def test_scales_are_multiplied_in_with_one_rounding(kind: type[HostShard | DeviceShard], rows: int) -> None:
     rng = np.random.default_rng(0)
-    block, scales = rng.random((3, 4, 5), np.float32), rng.random(3, np.float32)
-    wanted = jnp.asarray(block * scales[:, None, None]).astype(jnp.bfloat16)
-    made = update(jnp.zeros((3, 4, 5), jnp.bfloat16), jnp.asarray(block), (0, 0, 0), scales)
-    np.testing.assert_array_equal(np.asarray(made), np.asarray(wanted))
+    block = rng.random((rows, 16, 40), np.float32).astype(jnp.bfloat16)
+    scales = rng.random(rows, np.float32)
+    wanted = jnp.asarray(block.astype(np.float32) * scales[:, None, None]).astype(jnp.bfloat16)
+    shard = kind((rows + 1, 16, 40), np.dtype(jnp.bfloat16), jax.devices()[0])
+    shard.write(block, (1, 0, 0), scales)
+    made = np.asarray(shard.array())
+    np.testing.assert_array_equal(made[1:], np.asarray(wanted))
+    assert not made[0].any()
+
+
+@pytest.mark.parametrize("kind", SHARDS)
+def test_float32_is_rounded_once(kind: type[HostShard | DeviceShard]) -> None:
+    block = np.random.default_rng(0).random((700, 500), np.float32)
+    shard = kind((700, 500), np.dtype(jnp.bfloat16), jax.devices()[0])
+    shard.write(block, (0, 0), convert=lambda values: values / np.float32(3))
+    wanted = (block / np.float32(3)).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(np.asarray(shard.array()), wanted)
+
+
+def test_full_shard_becomes_the_array_without_a_copy() -> None:
+    shard = HostShard((64, 64), np.dtype(np.float32), jax.devices()[0])
+    assert shard.array().unsafe_buffer_pointer() == shard._values.ctypes.data

@@ -24,7 +24,7 @@ from vllm.model_executor.model_loader.weight_utils import enable_tqdm
 from vllm_maxtext_loader.api import numpy_dtype
 from vllm_maxtext_loader.engine import check_vllm_version
 from vllm_maxtext_loader.errors import EngineError, IncompleteLoadError
-from vllm_maxtext_loader.options import Options
+from vllm_maxtext_loader.options import DIRECT_VARIABLE, Options
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -37,9 +37,6 @@ if TYPE_CHECKING:
 logger = init_logger("vllm." + __name__)
 
 GIB = 1 << 30
-DIRECT_VARIABLE = "VLLM_MAXTEXT_DIRECT"
-"""Set to 0 to load through Hugging Face tensors and `model.load_weights` on tpu-inference too."""
-
 
 Through = Callable[[Iterator["Piece"]], Iterator["Piece"]]
 Needed = Callable[["Leaf", "Box"], bool]

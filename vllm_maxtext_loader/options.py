@@ -11,6 +11,10 @@ from vllm_maxtext_loader.errors import OptionError
 
 GIB = 1 << 30
 
+DIRECT_VARIABLE = "VLLM_MAXTEXT_DIRECT"
+"""Environment variable, for tpu-inference. 0: load through Hugging Face tensors and `model.load_weights` there, too. "device": fill
+arrays by operations of the device even where its memory is the host's, so that what an accelerator does can be tested without one."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:

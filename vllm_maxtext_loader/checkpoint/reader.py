@@ -99,7 +99,7 @@ class _Ring:
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._memory = _aligned(size)
+        self._memory = aligned(size)
         self._taken: collections.deque[tuple[int, int]] = collections.deque()
 
     def take(self, size: int) -> np.ndarray | None:
@@ -107,7 +107,7 @@ class _Ring:
         size = math.ceil(size / _ALIGNMENT) * _ALIGNMENT
         if not self._taken and size > self._size:
             self._taken.append((0, self._size))
-            return _aligned(size)
+            return aligned(size)
         first, last = (self._taken[0][0], self._taken[-1][1]) if self._taken else (0, 0)
         wrapped = bool(self._taken) and last <= first
         start = last
@@ -123,8 +123,9 @@ class _Ring:
         self._taken.popleft()
 
 
-def _aligned(size: int) -> np.ndarray:
-    memory = np.empty(size + _ALIGNMENT, np.uint8)
+def aligned(size: int, *, zeros: bool = False) -> np.ndarray:
+    """`size` bytes that JAX on the CPU takes without copying them."""
+    memory = (np.zeros if zeros else np.empty)(size + _ALIGNMENT, np.uint8)
     offset = -memory.ctypes.data % _ALIGNMENT
     return memory[offset : offset + size]
 

@@ -113,7 +113,7 @@ def convert(
             if (found := layer_of(entry, write, piece)) is None:
                 continue
             values, box = transform(entry, write, *found, fold_expert_scales, scales)
-            _assign(entry.rule.move.view(filling[write.target], write.sizes)[box], values)
+            assign(entry.rule.move.view(filling[write.target], write.sizes)[box], values)
         if on_piece is not None:
             on_piece(piece, time.perf_counter() - started)
         if not piece.last:
@@ -133,7 +133,7 @@ def cast(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return round_to(values, dtype)
 
 
-def _assign(destination: np.ndarray, values: np.ndarray) -> None:
+def assign(destination: np.ndarray, values: np.ndarray) -> None:
     """destination[...] = values, with one rounding where the dtypes differ."""
     values = cast(values, destination.dtype)
     if values.dtype == BFLOAT16:

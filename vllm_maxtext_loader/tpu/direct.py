@@ -18,6 +18,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
@@ -33,7 +34,11 @@ from vllm_maxtext_loader.conversion.gemma4 import Scope, Value
 from vllm_maxtext_loader.conversion.ops import unscale_embedding
 from vllm_maxtext_loader.conversion.plan import LeafPlan, Plan, Write
 from vllm_maxtext_loader.tpu.modules import OUTSIDE, Shapes, find_weights
-from vllm_maxtext_loader.tpu.shards import Starts, Weight, blocks, update
+from vllm_maxtext_loader.tpu.shards import Starts, Weight, blocks
+
+_WRITERS = min(4, len(os.sched_getaffinity(0)))
+"""Threads that copy. New memory is dear where the kernel hands it out page by page: one thread would spend most of its time on that,
+with the decoder waiting for it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +71,6 @@ class DirectPlacer:
 
     def __init__(self, model: nn.Module, plan: Plan, dtype: np.dtype, fold_expert_scales: bool) -> None:
         self.plan = plan
-        self.dtype = dtype
         self.fold = fold_expert_scales
         self.scales = ScaleStore()
         self.placed: set[str] = set()
@@ -74,7 +78,7 @@ class DirectPlacer:
         for entry in plan.leaves:
             for write in entry.writes:
                 shapes[_layer(entry, write)][entry.rule.leaf] = _layer_shape(entry)
-        self._weights = find_weights(model, shapes)
+        self._weights = find_weights(model, shapes, dtype)
 
     def wants(self, entry: LeafPlan) -> bool:
         """Whether every layer of the leaf is placed directly."""
@@ -113,9 +117,7 @@ class DirectPlacer:
             on_place: told each placed piece.
         """
         unfinished = collections.deque(self.plan.leaves)
-        maker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="maxtext-shards")
-        try:
-            self._make_all(maker)
+        with ThreadPoolExecutor(_WRITERS, thread_name_prefix="maxtext-write") as writers:
             for piece in pieces:
                 # A leaf of which nothing is needed here has no piece.
                 while unfinished[0].leaf.key != piece.leaf.key:
@@ -126,7 +128,7 @@ class DirectPlacer:
                         if (found := layer_of(entry, write, piece)) is not None:
                             transform(entry, write, *found, True, self.scales)
                 if self.wants(entry):
-                    self._put(entry, piece)
+                    self._put(entry, piece, writers)
                     on_place(piece)
                 else:
                     yield piece
@@ -134,20 +136,6 @@ class DirectPlacer:
                     self._complete(unfinished.popleft())
             while unfinished:
                 self._complete(unfinished.popleft())
-        finally:
-            maker.shutdown(cancel_futures=True)
-
-    def _make_all(self, maker: Executor) -> None:
-        """Has the empty shards made in the background, in the order in which they will be filled.
-
-        On the CPU that is most of the work of placing: the kernel hands out and clears every page.
-        """
-        for entry in self.plan.leaves:
-            if self.wants(entry):
-                for write in entry.writes:
-                    weight = self._weights[_layer(entry, write), entry.rule.leaf]
-                    if weight.made is None:
-                        weight.made = maker.submit(weight.make, self.dtype)
 
     @functools.cached_property
     def _entries(self) -> dict[str, LeafPlan]:
@@ -169,24 +157,28 @@ class DirectPlacer:
                     rows = slice(starts[0] + part[0].start, starts[0] + part[0].stop)
                     yield _Move(weight, device, write, block[part], rows, local)
 
-    def _put(self, entry: LeafPlan, piece: Piece) -> None:
-        """Copies a piece into the shards it is a part of."""
-        touched: dict[int, Weight] = {}
+    def _put(self, entry: LeafPlan, piece: Piece, writers: Executor) -> None:
+        """Copies a piece into the shards it is a part of, and returns when its memory is no longer needed."""
+        by_shard: dict[tuple[int, Any], list[_Move]] = collections.defaultdict(list)
         for move in self._moves(entry, piece):
-            values, scales = np.ascontiguousarray(move.values), None
+            by_shard[id(move.weight), move.device].append(move)
+        # To wait for each result is to hear of its error.
+        for _ in writers.map(functools.partial(self._write, entry), by_shard.values()):
+            pass
+
+    def _write(self, entry: LeafPlan, moves: list[_Move]) -> None:
+        """Copies parts of a piece into the one shard that they belong to."""
+        shard = moves[0].weight.shard(moves[0].device)
+        for move in moves:
+            scales, convert = None, None
             match entry.rule.value:
                 case Value.UNSCALE_EMBEDDING:
                     # Divided on the host: XLA may turn a division by a constant into a multiplication.
-                    values = unscale_embedding(values, move.write.sizes["H"])
+                    convert = functools.partial(unscale_embedding, hidden_size=move.write.sizes["H"])
                 case Value.EXPERT_OUTPUT if self.fold:
                     scales = self.scales.get(move.write.layer, move.rows)
-            weight = move.weight
-            weight.wait()
-            block = jax.device_put(values, move.device)
-            weight.shards[move.device] = update(weight.shards[move.device], block, move.starts, scales)
-            touched[id(weight)] = weight
-        # The piece's memory is used again as soon as this returns, and on the CPU a block is that memory.
-        jax.block_until_ready([list(weight.shards.values()) for weight in touched.values()])
+            shard.write(move.values, move.starts, scales, convert)
+        shard.settle()
 
     def _complete(self, entry: LeafPlan) -> None:
         """Finishes the modules that have waited for this leaf last."""
@@ -196,7 +188,6 @@ class DirectPlacer:
             weight = self._weights[_layer(entry, write), entry.rule.leaf]
             weight.waiting.discard(entry.rule.leaf)
             if not weight.waiting:
-                weight.wait()
                 weight.finish(weight.array())
                 self.placed.update(weight.parameters)
 

@@ -12,6 +12,7 @@ import math
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from torch import nn
 from torch.nn import Parameter
@@ -40,16 +41,17 @@ Shapes = dict[int, dict[str, tuple[int, ...]]]
 OUTSIDE = -1
 
 
-def find_weights(model: nn.Module, shapes: Shapes) -> dict[tuple[int, str], Weight]:
-    """By layer and leaf name, the array that the leaf is a part of; without those that must take the usual way."""
-    return _Finder(model, shapes).weights
+def find_weights(model: nn.Module, shapes: Shapes, dtype: np.dtype) -> dict[tuple[int, str], Weight]:
+    """By layer and leaf name, the array (of `dtype`) that the leaf is a part of; without those that must take the usual way."""
+    return _Finder(model, shapes, dtype).weights
 
 
 class _Finder:
     """Goes through the model, layer by layer."""
 
-    def __init__(self, model: nn.Module, shapes: Shapes) -> None:
+    def __init__(self, model: nn.Module, shapes: Shapes, dtype: np.dtype) -> None:
         self.weights: dict[tuple[int, str], Weight] = {}
+        self._dtype = dtype
         self._names = {id(module): name for name, module in model.named_modules()}
         for module in model.modules():
             if isinstance(module, Gemma4DecoderLayer):
@@ -129,6 +131,7 @@ class _Finder:
                 runs=runs,
                 waiting=set(packed),
                 finish=finish,
+                dtype=self._dtype,
             ),
         )
 
@@ -164,6 +167,7 @@ class _Finder:
                     runs=moves,
                     waiting=set(leaves),
                     finish=functools.partial(_finish_experts, module, name),
+                    dtype=self._dtype,
                 ),
             )
 
@@ -196,6 +200,7 @@ class _Finder:
                 runs=[Run(leaf, 0, 0, hidden)],
                 waiting={leaf},
                 finish=finish,
+                dtype=self._dtype,
             ),
         )
 

@@ -1,4 +1,8 @@
-"""An array in its final form, one shard on each device, while chunks are copied into it in place."""
+"""An array in its final form, one shard on each device, while chunks are copied into it in place.
+
+A shard on an accelerator is copied into by a donated update on the device. On JAX's CPU backend the device's memory is the host's:
+there the shard is ordinary memory until it is full, and then becomes the array without a copy.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,8 @@ import dataclasses
 import functools
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -15,10 +19,94 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from vllm_maxtext_loader.checkpoint.reader import Box
+from vllm_maxtext_loader.checkpoint.reader import Box, aligned
+from vllm_maxtext_loader.conversion.convert import assign
+from vllm_maxtext_loader.conversion.ops import fold_expert_scale
+from vllm_maxtext_loader.options import DIRECT_VARIABLE
 from vllm_maxtext_loader.tpu.columns import Run
 
 Starts = tuple[int, ...]
+Convert = Callable[[np.ndarray], np.ndarray]
+
+_CONVERTED_BYTES = 1 << 20
+"""Values are computed with in parts of this size, which stay in the processor's cache."""
+
+
+class HostShard:
+    """A shard in memory that is the host's and the device's at once (JAX on the CPU).
+
+    Args:
+        shape: of the shard.
+        dtype: of the shard.
+        device: where the array will be.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, device: Any) -> None:
+        # Zeros that nobody has written cost no memory, and JAX takes memory so aligned as it is.
+        memory = aligned(math.prod(shape) * dtype.itemsize, zeros=True)
+        self._values = memory.view(dtype).reshape(shape)
+        self._device = device
+
+    def write(
+        self,
+        block: np.ndarray,
+        starts: Starts,
+        scales: np.ndarray | None = None,
+        convert: Convert | None = None,
+    ) -> None:
+        """Puts `block` at `starts`.
+
+        Args:
+            block: one axis per axis of the shard.
+            starts: where it begins.
+            scales: [experts in block], multiplied in; the result is rounded once.
+            convert: what is done to the values before, row by row.
+        """
+        target = self._values[tuple(slice(a, a + n) for a, n in zip(starts, block.shape, strict=True))]
+        step = len(block)
+        if scales is not None or convert is not None or block.dtype != target.dtype:
+            step = max(1, _CONVERTED_BYTES // max(1, block[:1].nbytes))
+        for start in range(0, len(block), step):
+            rows = slice(start, start + step)
+            values = block[rows] if convert is None else convert(block[rows])
+            assign(target[rows], values if scales is None else fold_expert_scale(values, scales[rows]))
+
+    def settle(self) -> None:
+        """Returns when what was written no longer needs the blocks' memory."""
+
+    def array(self) -> jax.Array:
+        """The shard on its device; it must not be written to any more."""
+        return jax.device_put(self._values, self._device)
+
+
+class DeviceShard:
+    """A shard in an accelerator's memory. See `HostShard` for arguments and methods."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, device: Any) -> None:
+        self._values = jnp.zeros(shape, dtype, device=device)
+        self._device = device
+
+    def write(
+        self,
+        block: np.ndarray,
+        starts: Starts,
+        scales: np.ndarray | None = None,
+        convert: Convert | None = None,
+    ) -> None:
+        values = np.ascontiguousarray(block if convert is None else convert(block))
+        self._values = update(self._values, jax.device_put(values, self._device), starts, scales)
+
+    def settle(self) -> None:
+        self._values.block_until_ready()
+
+    def array(self) -> jax.Array:
+        return self._values
+
+
+def make_shard(shape: tuple[int, ...], dtype: np.dtype, device: Any) -> HostShard | DeviceShard:
+    """An empty (zero) shard of the kind that suits the device."""
+    on_host = device.platform == "cpu" and os.environ.get(DIRECT_VARIABLE) != "device"
+    return (HostShard if on_host else DeviceShard)(shape, dtype, device)
 
 
 @dataclasses.dataclass
@@ -33,8 +121,7 @@ class Weight:
         runs: where the columns go.
         waiting: leaves that are not complete.
         finish: puts the array into the module.
-        shards: the part of every device of this process.
-        made: done when the shards are there.
+        dtype: of the array.
     """
 
     parameters: tuple[str, ...]
@@ -44,8 +131,8 @@ class Weight:
     runs: list[Run]
     waiting: set[str]
     finish: Callable[[jax.Array], None]
-    shards: dict[Any, jax.Array] = dataclasses.field(default_factory=dict)
-    made: Future[None] | None = None
+    dtype: np.dtype
+    _shards: dict[Any, HostShard | DeviceShard] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def bounds(self) -> dict[Any, Box]:
@@ -85,21 +172,17 @@ class Weight:
                 part = tuple(slice(a - m, b - m) for a, b, m in zip(low, high, moved, strict=True))
                 yield device, part, tuple(a - s.start for a, s in zip(low, shard, strict=True))
 
-    def make(self, dtype: np.dtype) -> None:
-        """Makes the empty shards."""
-        for device, shard in self.bounds.items():
-            shape = tuple(part.stop - part.start for part in shard)
-            self.shards[device] = jnp.zeros(shape, dtype, device=device)
-
-    def wait(self) -> None:
-        """Waits until the empty shards are made."""
-        if self.made is not None:
-            self.made.result()
+    def shard(self, device: Any) -> HostShard | DeviceShard:
+        """The part of a device of this process; made empty when it is first asked for."""
+        if device not in self._shards:
+            shape = tuple(part.stop - part.start for part in self.bounds[device])
+            self._shards[device] = make_shard(shape, self.dtype, device)
+        return self._shards[device]
 
     def array(self) -> jax.Array:
-        """The whole array; its shards are this object's no longer."""
-        shards = list(self.shards.values())
-        self.shards = {}
+        """The whole array; it must not be written to any more."""
+        shards = [self.shard(device).array() for device in self.bounds]
+        self._shards = {}
         return jax.make_array_from_single_device_arrays(self.shape, self.sharding, shards)
 
 
