@@ -6,7 +6,7 @@ import pytest
 
 from vllm_maxtext_loader import MaxTextLoadError
 from vllm_maxtext_loader.errors import OptionError
-from vllm_maxtext_loader.options import Options
+from vllm_maxtext_loader.options import GIB, Options, read_budget
 
 
 def test_defaults() -> None:
@@ -57,3 +57,20 @@ def test_unusable_value_names_key_and_value(key: str, value: object) -> None:
     with pytest.raises(OptionError, match=key) as caught:
         Options.parse({key: value})
     assert repr(value) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "chunk", "cores", "budget"),
+    [
+        # A sixteenth of the weights, within its bounds.
+        (3 * GIB, 40 << 20, 2, 3 * GIB // 16),
+        (1 << 20, 1 << 18, 8, GIB // 16),
+        (62 * GIB, 1 << 20, 8, 2 * GIB),
+        # Chunks so large that fewer would be in flight than cores could decode: up to an eighth.
+        (48 * GIB, 793 << 20, 4, 4 * (793 << 20)),
+        (48 * GIB, 793 << 20, 180, 6 * GIB),
+    ],
+)
+def test_read_budget(nbytes: int, chunk: int, cores: int, budget: int) -> None:
+    assert read_budget(None, nbytes, chunk, cores) == budget
+    assert read_budget(0.5, nbytes, chunk, cores) == GIB // 2

@@ -171,7 +171,9 @@ def open_checkpoint(
     location = locate(path, step)
     tree = read_tree(location, tensorstore_context())
     plan = make_plan(tree)
-    return Checkpoint(tree, plan, model_name, read_budget(concurrent_gib, plan.nbytes))
+    chunk = max((entry.leaf.chunk_nbytes for entry in plan.leaves), default=0)
+    budget = read_budget(concurrent_gib, plan.nbytes, chunk, len(os.sched_getaffinity(0)))
+    return Checkpoint(tree, plan, model_name, budget)
 
 
 def to_torch(array: np.ndarray) -> torch.Tensor:

@@ -77,6 +77,11 @@ class Leaf:
         """Decoded size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def chunk_nbytes(self) -> int:
+        """Decoded size of one stored chunk in bytes."""
+        return math.prod(map(min, self.chunks, self.shape)) * self.dtype.itemsize
+
 
 @dataclasses.dataclass(frozen=True)
 class Skipped:
