@@ -20,10 +20,10 @@ from conftest import Tree, cases
 import vllm_maxtext_loader.export as export_module
 import vllm_maxtext_loader.safetensors_files as files_module
 from vllm_maxtext_loader import MaxTextLoadError, open_checkpoint
-from vllm_maxtext_loader.errors import ConfigMismatchError, ReadError
+from vllm_maxtext_loader.errors import ConfigMismatchError, HuggingFaceDirectoryError, ReadError
 from vllm_maxtext_loader.export import export, parse_size, split
 from vllm_maxtext_loader.hf_directory import read_hf_directory
-from vllm_maxtext_loader.safetensors_files import HuggingFaceDirectoryError, lay_out
+from vllm_maxtext_loader.safetensors_files import lay_out
 from vllm_maxtext_loader.terminal import sigterm_raises
 from vllm_maxtext_loader.verify import verify
 

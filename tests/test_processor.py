@@ -1,4 +1,4 @@
-"""A checkpoint with a vision tower is served with the image processor of its tokenizer's repository."""
+"""What comes from the tokenizer's repository: the image processor of a checkpoint with a vision tower, and <bos>."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 from conftest import cases
+from tiny_tokenizer import write_tokenizer
 
 pytest.importorskip("vllm")
 
 from vllm_maxtext_loader import errors
-from vllm_maxtext_loader.engine import processor_files, write_config_dir
+from vllm_maxtext_loader.engine import processor_files, warn_without_bos, write_config_dir
 from vllm_maxtext_loader.probe import probe
 
 
@@ -80,3 +81,31 @@ def test_repository_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     found = probe(str(cases()["moe_mm"].items), None, trim=False)
     with pytest.raises(errors.EngineError, match=r"google/no-such-tokenizer cannot be had"):
         processor_files(arguments("google/no-such-tokenizer"), found)
+
+
+def model_config(tokenizer: Path, *, skipped: bool = False) -> Any:
+    """What is looked at of ModelConfig."""
+    return SimpleNamespace(
+        skip_tokenizer_init=skipped,
+        hf_config=None,
+        tokenizer=str(tokenizer),
+        runner_type="generate",
+        tokenizer_mode="auto",
+        tokenizer_revision=None,
+        trust_remote_code=False,
+    )
+
+
+def test_tokenizer_that_forgets_bos_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    good, bad = (write_tokenizer(tmp_path / name, vocab_size=320) for name in ("good", "bad"))
+    file = bad / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"post_processor": None}))
+    logging.getLogger("vllm").propagate = True
+    with caplog.at_level("WARNING", logger="vllm"):
+        warn_without_bos(model_config(good))
+        warn_without_bos(model_config(bad, skipped=True))
+        assert "<bos>" not in caplog.text
+        for _ in range(2):
+            warn_without_bos(model_config(bad))
+    assert caplog.text.count("does not put <bos> before a completion prompt") == 1
+    assert str(bad) in caplog.text

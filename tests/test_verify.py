@@ -15,9 +15,8 @@ import pytest
 from conftest import cases
 
 from vllm_maxtext_loader import MaxTextLoadError, open_checkpoint
-from vllm_maxtext_loader.errors import ConfigMismatchError
+from vllm_maxtext_loader.errors import ConfigMismatchError, HuggingFaceDirectoryError
 from vllm_maxtext_loader.hf_directory import canonical, read_hf_directory
-from vllm_maxtext_loader.safetensors_files import HuggingFaceDirectoryError
 from vllm_maxtext_loader.verify import Report, Row, Status, _add, _blocks, verify
 
 torch = pytest.importorskip("torch")

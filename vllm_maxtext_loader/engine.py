@@ -80,6 +80,7 @@ def wrap_engine_args(engine_args: type[EngineArgs]) -> None:
             model_config = create_model_config(self)
         # Contradictions show here, in the user's terminal, before a process is started.
         reconcile(checkpoint.dims, Dims.from_config(model_config.hf_config), checkpoint.items)
+        warn_without_bos(model_config)
         return model_config
 
     engine_args.create_engine_config = wrapped_engine_config  # type: ignore[method-assign]
@@ -173,6 +174,28 @@ def _serve_as_text(args: EngineArgs, checkpoint: Probe, model_config: ModelConfi
     )
     args.hf_overrides = {**args.hf_overrides, "architectures": ["Gemma4ForCausalLM"]}
     return True
+
+
+def warn_without_bos(model_config: ModelConfig) -> None:
+    """Says once if completion prompts will start without <bos>, which Gemma 4 was trained to see first.
+
+    vLLM encodes them as the tokenizer does by itself (chat templates write <bos>): the published tokenizers add it, one that was
+    saved for training may not.
+    """
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    # vLLM's own copy: it is loaded once, here or later.
+    tokenizer = cached_tokenizer_from_config(model_config)
+    if tokenizer is None:
+        return
+    bos = getattr(tokenizer, "bos_token_id", None)
+    if bos is None or tokenizer.encode("a")[:1] != [bos]:
+        logger.warning_once(
+            "Tokenizer %s does not put <bos> before a completion prompt. Gemma 4 was trained with it and answers badly "
+            "without: begin prompts with <bos>, or give the tokenizer of the published model. Chat completions are as their "
+            "template writes them.",
+            model_config.tokenizer,
+        )
 
 
 PROCESSOR_FILES = (

@@ -77,3 +77,7 @@ class StorageError(MaxTextLoadError):
 
 class ReadError(MaxTextLoadError):
     """Array data could not be read: a missing, truncated or corrupt chunk."""
+
+
+class HuggingFaceDirectoryError(MaxTextLoadError):
+    """A Hugging Face directory cannot be used: missing, damaged, incomplete, or in the way."""

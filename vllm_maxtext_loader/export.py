@@ -27,7 +27,7 @@ from vllm_maxtext_loader.api import Checkpoint
 from vllm_maxtext_loader.checkpoint.reader import Piece, read_pieces
 from vllm_maxtext_loader.conversion.convert import BFLOAT16, convert
 from vllm_maxtext_loader.conversion.plan import Plan, Target
-from vllm_maxtext_loader.errors import ConfigMismatchError, IncompleteLoadError
+from vllm_maxtext_loader.errors import ConfigMismatchError, HuggingFaceDirectoryError, IncompleteLoadError
 from vllm_maxtext_loader.hf_directory import (
     CONFIG_FILE,
     GENERATION_CONFIG_FILE,
@@ -37,7 +37,7 @@ from vllm_maxtext_loader.hf_directory import (
     read_config,
     read_json,
 )
-from vllm_maxtext_loader.safetensors_files import HuggingFaceDirectoryError, lay_out
+from vllm_maxtext_loader.safetensors_files import lay_out
 
 DTYPES: dict[str, np.dtype | None] = {
     "stored": None,

@@ -179,7 +179,7 @@ def make_config(dims: Dims, model_name: str | None, where: str) -> PretrainedCon
     """
     from transformers import Gemma4Config, Gemma4TextConfig
 
-    preset = _choose(dims, model_name, where)
+    preset = choose_preset(dims, model_name, where)
     text = _text_fields(dims, preset)
     if dims.vision is None:
         config: Any = Gemma4TextConfig(**text, architectures=["Gemma4ForCausalLM"])
@@ -211,7 +211,7 @@ def make_config(dims: Dims, model_name: str | None, where: str) -> PretrainedCon
     return config
 
 
-def _choose(dims: Dims, model_name: str | None, where: str) -> Preset:
+def choose_preset(dims: Dims, model_name: str | None, where: str) -> Preset:
     if model_name is not None:
         name = model_name.lower().replace("_", "-").removesuffix("-it")
         if name not in PRESETS:

@@ -8,8 +8,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_maxtext_loader.errors import ConfigMismatchError
-from vllm_maxtext_loader.safetensors_files import HfTensor, HuggingFaceDirectoryError, read_header
+from vllm_maxtext_loader.errors import ConfigMismatchError, HuggingFaceDirectoryError
+from vllm_maxtext_loader.safetensors_files import HfTensor, read_header
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

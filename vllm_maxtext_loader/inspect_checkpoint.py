@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from vllm_maxtext_loader import hf_config
-from vllm_maxtext_loader.checkpoint.location import TMP_MARK, ItemLocation, locate
+from vllm_maxtext_loader.checkpoint.location import STEP_NAME, TMP_MARK, ItemLocation, locate
 from vllm_maxtext_loader.checkpoint.storage import Location, tensorstore_context
 from vllm_maxtext_loader.checkpoint.tree import Leaf, Tree, read_tree
 from vllm_maxtext_loader.conversion.gemma4 import CONTAINERS, Dims
@@ -28,7 +28,6 @@ from vllm_maxtext_loader.errors import (
 _STEPS_CHECKED = 20
 """Newest steps of a run that are looked into; each costs a few requests."""
 
-_STEP_NAME = re.compile(r"(?:.*[_-])?(\d+)")
 """Names of step directories, as in `checkpoint.location`: "100", "step_100"."""
 
 
@@ -193,13 +192,13 @@ def _preset(dims: Dims, model_name: str | None, where: str) -> str | None:
         )
     if model_name is None:
         return hf_config.match_preset(dims)
-    chosen = hf_config._choose(dims, model_name, where)
+    chosen = hf_config.choose_preset(dims, model_name, where)
     return next(name for name, preset in hf_config.PRESETS.items() if preset is chosen)
 
 
 def _steps(location: ItemLocation) -> tuple[Step, ...]:
     """The steps of the run the checkpoint belongs to, with temporary directories among them."""
-    step_dir = location.items if _STEP_NAME.fullmatch(location.items.name) else location.items.parent
+    step_dir = location.items if STEP_NAME.fullmatch(location.items.name) else location.items.parent
     run = None if location.step is None or step_dir is None else step_dir.parent
     if run is None or step_dir is None:
         return ()
@@ -207,7 +206,7 @@ def _steps(location: ItemLocation) -> tuple[Step, ...]:
         names = run.listdir()
     except (OSError, MaxTextLoadError):
         return ()
-    matches = [(name, _STEP_NAME.fullmatch(name.partition(TMP_MARK)[0])) for name in names]
+    matches = [(name, STEP_NAME.fullmatch(name.partition(TMP_MARK)[0])) for name in names]
     numbered = sorted(((int(match[1]), name) for name, match in matches if match), reverse=True)
 
     def look(entry: tuple[int, str]) -> Step | None:

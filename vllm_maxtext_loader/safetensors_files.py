@@ -17,7 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from vllm_maxtext_loader.errors import MaxTextLoadError
+from vllm_maxtext_loader.errors import HuggingFaceDirectoryError
 
 SAFETENSORS_DTYPES: dict[str, np.dtype] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -30,10 +30,6 @@ _LONGEST_HEADER = 100 << 20
 """Bytes; the limit of the safetensors library."""
 
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
-
-
-class HuggingFaceDirectoryError(MaxTextLoadError):
-    """A Hugging Face directory cannot be used: missing, damaged, incomplete, or in the way."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,7 +39,7 @@ TMP_MARK = ".orbax-checkpoint-tmp"
 ITEM_NAMES = ("items", "model_params", "default", "state", "params", "pytree")
 """Item directories in order of preference: MaxText's, Tunix's, then Orbax's own defaults."""
 
-_STEP_NAME = re.compile(r"(?:.+_)?([0-9]{1,18})")
+STEP_NAME = re.compile(r"(?:.+_)?([0-9]{1,18})")
 """Orbax's step directories: "30", "000030", "checkpoint_30"."""
 
 
@@ -174,7 +174,7 @@ def _steps(run: Location, names: Iterable[str]) -> dict[int, str]:
     names = list(names)
     steps: dict[int, str] = {}
     for name in names:
-        match = _STEP_NAME.fullmatch(name)
+        match = STEP_NAME.fullmatch(name)
         # Of "30" and "checkpoint_30" the former is what MaxText writes.
         if match and TMP_MARK not in name and (int(match.group(1)) not in steps or name.isdigit()):
             steps[int(match.group(1))] = name
@@ -203,7 +203,7 @@ def _in_step(run: Location, directory: Location) -> ItemLocation:
 
 _ADVICE = (
     "The writer is still at work or died: wait for it, or choose another step "
-    "(--model-loader-extra-config '{\"step\": N}')."
+    "(--step N, or --model-loader-extra-config '{\"step\": N}')."
 )
 
 
@@ -268,7 +268,7 @@ def _committed(
 def _step_number(items: Location) -> int | None:
     """The training step as the names of the item's directory, or the one above, tell it."""
     for directory in (items, items.parent):
-        if directory is not None and (match := _STEP_NAME.fullmatch(directory.name)):
+        if directory is not None and (match := STEP_NAME.fullmatch(directory.name)):
             return int(match.group(1))
     return None
 
