@@ -12,7 +12,8 @@ loader in turn loads into the real engine (vLLM, tpu-inference, JAX on the CPU) 
     waist      this package through Hugging Face tensors and model.load_weights (VLLM_MAXTEXT_DIRECT=0)
     direct     this package, chunks straight to the device
 
-and below them the floor: reading the files' bytes, and decoding them with TensorStore alone. Measured is the time
+and below them the floor: reading the files' bytes, and decoding them with TensorStore alone. With --maxtext PYTHON (of an environment
+that has MaxText 0.2.5) the offline route is run once: MaxText's to_huggingface, whose output the default loader would then load. Measured is the time
 inside tpu-inference's load_weights, from an empty model to arrays on the device; memory is the highest resident set in
 that time over the one before. On the CPU "device" memory is host memory, so it contains the weights once. Everything is
 read from a warm page cache. Compare ratios, not seconds.
@@ -333,9 +334,55 @@ def floor(checkpoint: str) -> dict[str, float]:
     return {"raw_seconds": raw, "tensorstore_seconds": time.perf_counter() - started}
 
 
+def offline(python: Path, directory: Path, dims: dict[str, Any], checkpoint: Path) -> dict[str, float]:
+    """MaxText's own conversion to Hugging Face files, in its own environment (benchmarks/offline.py)."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+    from tiny_tokenizer import write_tokenizer
+
+    # The converter copies a tokenizer.
+    write_tokenizer(directory / "config", 320)
+    values: dict[str, Any] = {
+        "weight_dtype": "bfloat16",
+        "base_num_decoder_layers": dims["layers"],
+        "base_emb_dim": dims["hidden"],
+        "base_num_query_heads": dims["heads"],
+        "base_num_kv_heads": dims["kv"],
+        "global_num_kv_heads": dims["global_kv"],
+        "base_mlp_dim": dims["mlp"],
+        "head_dim": dims["head_dim"],
+        "global_head_dim": dims["global_head_dim"],
+        "vocab_size": dims["vocab"],
+    }
+    if dims["experts"]:
+        values |= {
+            "num_experts": dims["experts"],
+            "num_experts_per_tok": 8,
+            "base_moe_mlp_dim": dims["expert_mlp"],
+        }
+    done = subprocess.run(
+        [
+            str(python),
+            str(Path(__file__).with_name("offline.py")),
+            str(checkpoint / "0" / "items"),
+            str(directory / "offline"),
+            str(directory / "config"),
+            "gemma4-26b" if dims["experts"] else "gemma4-31b",
+            *(f"{key}={value}" for key, value in values.items()),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return _result(done)
+
+
 def in_process(*arguments: str) -> dict[str, float]:
     """Runs one measurement in a fresh process; {"failed": 1} where it died."""
     done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=False)
+    return _result(done)
+
+
+def _result(done: subprocess.CompletedProcess[str]) -> dict[str, float]:
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if not lines:
         print(done.stderr[-1500:], file=sys.stderr)
@@ -393,6 +440,9 @@ def main() -> None:
     parser.add_argument(
         "--directory", type=Path, help="where to put checkpoints; default: a temporary directory"
     )
+    parser.add_argument(
+        "--maxtext", type=Path, help="python of an environment with MaxText, for the offline route"
+    )
     args = parser.parse_args()
     print(
         f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
@@ -414,6 +464,11 @@ def main() -> None:
                     if row := in_process("--measure", loader, str(checkpoint), str(hf)):
                         results[loader].append(row)
             report(actual, results, floors)
+            if args.maxtext and (route := offline(args.maxtext, directory, dims, checkpoint)):
+                print(
+                    f"{'offline':<12}{route['seconds']:>22.2f}, once: to_huggingface alone, without imports; peak/weights "
+                    f"{route['peak_bytes'] / GIB / actual:.2f}; the default loader comes after it"
+                )
         finally:
             shutil.rmtree(directory)
 
