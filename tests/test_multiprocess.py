@@ -1,0 +1,76 @@
+"""A checkpoint that several processes wrote together is read as one that a single process wrote."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gcs
+import pytest
+from conftest import cases
+from damage import pieces
+
+from vllm_maxtext_loader import open_checkpoint
+from vllm_maxtext_loader.conversion.layout import describe
+
+WRITER = Path(__file__).with_name("multiprocess_writer.py")
+PROCESSES = 2
+DEVICES = 2
+"""Per process."""
+
+CASE = "moe_v2"
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that the processes wrote."""
+    pytest.importorskip("jax")
+    run = tmp_path_factory.mktemp("multiprocess") / "run"
+    run.mkdir()
+    address = f"127.0.0.1:{gcs.free_port()}"
+    tests = [str(WRITER.parent), str(WRITER.parents[1] / "examples")]
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}",
+        "PYTHONPATH": os.pathsep.join(tests),
+    }
+    processes = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                str(WRITER),
+                address,
+                str(PROCESSES),
+                str(number),
+                str(cases()[CASE].items),
+                str(run / "0"),
+            ],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(PROCESSES)
+    ]
+    for process in processes:
+        _, said = process.communicate(timeout=300)
+        assert process.returncode == 0, said[-3000:]
+    return run
+
+
+def test_every_process_has_a_directory_of_its_own(written: Path) -> None:
+    found = sorted(path.name for path in (written / "0/items").glob("ocdbt.process_*"))
+    assert found == [f"ocdbt.process_{number}" for number in range(PROCESSES)]
+
+
+def test_arrays_are_those_of_one_writer(written: Path) -> None:
+    one, several = open_checkpoint(cases()[CASE].items), open_checkpoint(written)
+    assert describe(several.plan.layout) == describe(one.plan.layout)
+    leaf = "decoder.scanned_blocks.local_layers.mlp.moe_block.MoeBlock_0.wo"
+    assert several.tree.leaves[leaf].chunks[0] * PROCESSES * DEVICES == several.tree.leaves[leaf].shape[0]
+    first = dict(one.hf_weights())
+    second = dict(several.hf_weights())
+    assert first.keys() == second.keys()
+    assert all(first[name].equal(second[name]) for name in first)
+    assert len(pieces(several)) >= len(several.tree.leaves)
