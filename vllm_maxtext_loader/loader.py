@@ -231,8 +231,8 @@ class _Meter:
 
 
 def _gib(nbytes: float) -> str:
-    """Bytes as GiB with three significant digits: "12.3 GiB", "0.00715 GiB"."""
-    return f"{nbytes / GIB:.3g} GiB"
+    """Bytes as GiB with three significant digits ("12.3 GiB", "0.00715 GiB"); less than a MiB as bytes."""
+    return f"{nbytes / GIB:.3g} GiB" if nbytes >= 1 << 20 else f"{nbytes:.0f} bytes"
 
 
 def _reasons(checkpoint: Checkpoint) -> str:

@@ -63,7 +63,7 @@ class HostShard:
             convert: what is done to the values before, row by row.
         """
         target = self._values[tuple(slice(a, a + n) for a, n in zip(starts, block.shape, strict=True))]
-        step = len(block)
+        step = max(1, len(block))
         if scales is not None or convert is not None or block.dtype != target.dtype:
             step = max(1, _CONVERTED_BYTES // max(1, block[:1].nbytes))
         for start in range(0, len(block), step):
