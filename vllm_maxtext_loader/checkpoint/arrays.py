@@ -55,8 +55,9 @@ def open_arrays(
             except Exception as error:
                 raise array_error(f"cannot open leaf {name} of {items}", error, at_open=True) from error
     finally:
-        for future in futures.values():
-            future.cancel()
+        # A future that nobody holds is given up. Its cancel() may wait, with Python's lock in hand, for a callback that waits for
+        # that lock (TensorStore 0.1.86 python/tensorstore/future.cc): for ever, where many arrays fail at once.
+        futures.clear()
         watch.close()
     return arrays
 
