@@ -41,7 +41,7 @@ def count(checkpoint: str, config: str, devices: int, experts: bool) -> dict[str
     load_general_plugins()
     import jax
 
-    from vllm_maxtext_loader.checkpoint.reader import boxes
+    from vllm_maxtext_loader.checkpoint.reader import box_nbytes, boxes
     from vllm_maxtext_loader.tpu.direct import DirectPlacer
 
     shares: dict[str, list[float]] = {}
@@ -61,10 +61,7 @@ def count(checkpoint: str, config: str, devices: int, experts: bool) -> dict[str
                 for entry in placer.plan.leaves:
                     for box in boxes(entry.leaf, limit=1):
                         if placer.needs(entry.leaf, box, mine):
-                            size = entry.leaf.dtype.itemsize
-                            for part in box:
-                                size *= part.stop - part.start
-                            nbytes += size
+                            nbytes += box_nbytes(box, entry.leaf.dtype.itemsize)
                 found.append(nbytes / total)
             shares[str(hosts)] = found
             hosts *= 2
@@ -109,10 +106,9 @@ def main() -> None:
         for kind in ("tp", "ep"):
             command = [sys.executable, __file__, "--count", str(checkpoint), str(hf), str(args.devices), kind]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
-            lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-            if not lines:
-                raise SystemExit(done.stderr[-2000:])
-            for hosts, shares in json.loads(lines[-1].removeprefix("RESULT ")).items():
+            if not (counted := load.result(done)):
+                raise SystemExit(f"{kind}: nothing was counted")
+            for hosts, shares in counted.items():
                 name = "tensor" if kind == "tp" else "expert"
                 print(f"{name:<14}{hosts:>6}  {min(shares):.3f} to {max(shares):.3f}")
 

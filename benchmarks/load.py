@@ -373,16 +373,17 @@ def offline(python: Path, directory: Path, dims: dict[str, Any], checkpoint: Pat
         text=True,
         check=False,
     )
-    return _result(done)
+    return result(done)
 
 
 def in_process(*arguments: str) -> dict[str, float]:
-    """Runs one measurement in a fresh process; {"failed": 1} where it died."""
+    """Runs one measurement in a fresh process. See `result`."""
     done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=False)
-    return _result(done)
+    return result(done)
 
 
-def _result(done: subprocess.CompletedProcess[str]) -> dict[str, float]:
+def result(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    """What a measurement's process printed after RESULT; {} where it died, with its last words on stderr."""
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if not lines:
         print(done.stderr[-1500:], file=sys.stderr)
