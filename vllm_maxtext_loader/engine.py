@@ -258,7 +258,7 @@ def write_config_dir(checkpoint: Probe, model_name: str | None, beside: Sequence
     """
     import vllm.envs
 
-    from vllm_maxtext_loader.hf_config import make_config
+    from vllm_maxtext_loader.hf_config import choose_preset, make_config
 
     config = make_config(checkpoint.dims, model_name, checkpoint.items)
     text = json.dumps(config.to_dict(), indent=2, sort_keys=True)
@@ -275,5 +275,9 @@ def write_config_dir(checkpoint: Probe, model_name: str | None, beside: Sequence
     for name, target in links.items():
         with contextlib.suppress(FileExistsError):
             (directory / name).symlink_to(target)
-    logger.info("Configuration read from the checkpoint's shapes: %s", path)
+    logger.info(
+        "Configuration read from the checkpoint's shapes; what they cannot tell (sliding window, rope, top-k) is %s's: %s",
+        choose_preset(checkpoint.dims, model_name, checkpoint.items),
+        path,
+    )
     return directory

@@ -179,7 +179,7 @@ def make_config(dims: Dims, model_name: str | None, where: str) -> PretrainedCon
     """
     from transformers import Gemma4Config, Gemma4TextConfig
 
-    preset = choose_preset(dims, model_name, where)
+    preset = PRESETS[choose_preset(dims, model_name, where)]
     text = _text_fields(dims, preset)
     if dims.vision is None:
         config: Any = Gemma4TextConfig(**text, architectures=["Gemma4ForCausalLM"])
@@ -211,7 +211,8 @@ def make_config(dims: Dims, model_name: str | None, where: str) -> PretrainedCon
     return config
 
 
-def choose_preset(dims: Dims, model_name: str | None, where: str) -> Preset:
+def choose_preset(dims: Dims, model_name: str | None, where: str) -> str:
+    """Name of the published model to take from what shapes cannot tell. See `make_config` for arguments and errors."""
     if model_name is not None:
         name = model_name.lower().replace("_", "-").removesuffix("-it")
         if name not in PRESETS:
@@ -231,9 +232,9 @@ def choose_preset(dims: Dims, model_name: str | None, where: str) -> Preset:
                 f"{where}: {name} routes each token to {preset.top_k} experts, the checkpoint has {dims.experts}. "
                 f"Give a Hugging Face configuration instead of model_name."
             )
-        return preset
+        return name
     if (matched := match_preset(dims)) is not None:
-        return PRESETS[matched]
+        return matched
     nearest = min(PRESETS, key=lambda name: len(_differences(dims, PRESETS[name].dims())))
     raise ConfigMismatchError(
         f"{where}: these dimensions are no published Gemma 4's, so sliding window, rope and top-k are unknown. Nearest: "

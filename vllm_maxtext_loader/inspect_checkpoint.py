@@ -192,8 +192,7 @@ def _preset(dims: Dims, model_name: str | None, where: str) -> str | None:
         )
     if model_name is None:
         return hf_config.match_preset(dims)
-    chosen = hf_config.choose_preset(dims, model_name, where)
-    return next(name for name, preset in hf_config.PRESETS.items() if preset is chosen)
+    return hf_config.choose_preset(dims, model_name, where)
 
 
 def _steps(location: ItemLocation) -> tuple[Step, ...]:
