@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorstore
 from conftest import Case, Tree, cases, read_orbax, write_orbax
 
 from vllm_maxtext_loader import open_checkpoint
@@ -66,6 +67,26 @@ def test_twins_configuration_is_accepted_and_demands_the_same(name: str, twin: C
 def test_every_budget_gives_the_same(name: str, budget: float, twin: Callable[[str], Path]) -> None:
     expected = safetensors_torch.load_file(twin(name) / "model.safetensors")
     _equal_to_twin(dict(open_checkpoint(cases()[name].items, concurrent_gib=budget).hf_weights()), expected)
+
+
+@pytest.mark.parametrize("budget", [1e-6, 1.0])
+@pytest.mark.parametrize("name", cases())
+def test_every_stored_chunk_is_decoded_once(name: str, budget: float) -> None:
+    checkpoint = open_checkpoint(cases()[name].items, concurrent_gib=budget)
+    before = _decoded_chunks()
+    for _ in checkpoint.hf_weights():
+        pass
+    leaves = [entry.leaf for entry in checkpoint.plan.leaves]
+    assert _decoded_chunks() - before == sum(
+        math.prod(math.ceil(size / step) for size, step in zip(leaf.shape, leaf.chunks, strict=True))
+        for leaf in leaves
+    )
+
+
+def _decoded_chunks() -> int:
+    """TensorStore's own count, of this process."""
+    metrics = tensorstore.experimental_collect_matching_metrics("/tensorstore/cache/chunk_cache/reads")
+    return sum(int(value["value"]) for metric in metrics for value in metric["values"])
 
 
 def test_folding_multiplies_down_proj_and_leaves_ones(twin: Callable[[str], Path]) -> None:

@@ -339,6 +339,12 @@ def test_unfolded_scale_is_lost_on_tpu_inference(spoken: dict[str, Any], twin: C
     limit = bound(
         _config(twin("moe_v2"))["num_hidden_layers"], float(np.mean([np.std(row) for row in reference]))
     )
-    said = spoken["unfolded"]["logprobs"]
-    assert distance(said, reference) > limit
-    assert distance(said, without) < limit
+
+    def usual_distance(model: list[np.ndarray]) -> float:
+        # Of the prompts, the median: a router that is nearly undecided may choose another expert in bfloat16 on one processor and
+        # not on another, which moves one prompt and not the others.
+        answers = zip(spoken["unfolded"]["logprobs"], model, strict=True)
+        return float(np.median([distance([answer], [expected]) for answer, expected in answers]))
+
+    assert usual_distance(reference) > limit
+    assert usual_distance(without) < limit

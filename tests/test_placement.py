@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 import random
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
-from vllm_maxtext_loader.checkpoint.reader import Box, _Ring, boxes, read_pieces
+from vllm_maxtext_loader.checkpoint.reader import Box, Piece, _Ring, boxes, read_pieces
 from vllm_maxtext_loader.checkpoint.tree import Leaf
 
 pytest.importorskip("tpu_inference")
@@ -46,6 +49,42 @@ def test_ring_gives_what_is_larger_than_itself_only_alone() -> None:
     ring.give_back()
     assert ring.take(1) is not None
     assert ring.take(5000) is None
+
+
+def test_memory_is_not_used_again_while_somebody_reads_it() -> None:
+    import tensorstore as ts
+
+    values = np.arange(4096, dtype=np.float32).reshape(64, 64)
+    leaf = Leaf("a", ("a",), values.shape, values.dtype, (4, 64))
+    finish = threading.Event()
+
+    def compare(piece: Piece) -> None:
+        finish.wait()
+        np.testing.assert_array_equal(piece.array, values[piece.box])
+
+    # A budget of four boxes: with all of them in use, the reader has to wait for the first.
+    given = 0
+    with ThreadPoolExecutor(8) as pool:
+        for piece in read_pieces([leaf], {"a": ts.array(values)}, 4 * 1024, "here"):
+            piece.users.append(pool.submit(compare, piece))
+            given += 1
+            if given == 4:
+                threading.Timer(0.2, finish.set).start()
+            assert given <= 4 or finish.is_set()
+    assert given == 16
+
+
+def test_error_of_who_reads_the_memory_ends_the_reading() -> None:
+    import tensorstore as ts
+
+    values = np.zeros((64, 64), np.float32)
+    leaf = Leaf("a", ("a",), values.shape, values.dtype, (4, 64))
+    failed: Future[None] = Future()
+    failed.set_exception(RuntimeError("no memory on the device"))
+    pieces = read_pieces([leaf], {"a": ts.array(values)}, 4 * 1024, "here")
+    next(pieces).users.append(failed)
+    with pytest.raises(RuntimeError, match="no memory on the device"):
+        collections.deque(pieces, maxlen=0)
 
 
 def test_boxes_that_are_not_needed_are_not_read() -> None:

@@ -92,6 +92,7 @@ class MaxTextModelLoader(BaseModelLoader):
         place: Through = _unchanged
         placed: set[str] = set()
         needed: Needed | None = None
+        on_wait = meter.on_wait
         if self._places_directly(model_config):
             from vllm_maxtext_loader.tpu.direct import DirectPlacer
 
@@ -100,10 +101,15 @@ class MaxTextModelLoader(BaseModelLoader):
             # Several hosts: each reads the boxes its own devices hold a part of.
             needed = placer.needs if placer.shared_with_other_processes else None
             place = functools.partial(placer.stream, on_place=meter.on_place)
+
+            def on_wait(seconds: float) -> None:
+                # What goes on while others write is not waited for.
+                meter.on_wait(placer.idle(seconds))
+
         weights = checkpoint.hf_weights(
             fold_expert_scales=fold,
             dtype=model_config.dtype,
-            on_wait=meter.on_wait,
+            on_wait=on_wait,
             on_piece=meter.on_piece,
             through=lambda pieces: place(watch(pieces)),
             needed=needed,

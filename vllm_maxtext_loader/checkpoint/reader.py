@@ -16,6 +16,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from vllm_maxtext_loader.checkpoint.waiting import Watch
 Box = tuple[slice, ...]
 
 _PIECES_IN_FLIGHT = 4
-"""Boxes the budget is divided into: one is converted while the others are fetched and decoded."""
+"""Boxes the budget is divided into: some are converted or placed while the others are fetched and decoded."""
 
 _KEPT_BYTES = 64 << 20
 
@@ -45,14 +46,16 @@ class Piece:
         leaf: what it is a part of.
         box: which part; a slice per axis, with explicit bounds.
         array: the values, of the box's shape, any strides. The memory is used again: it holds these values until the
-            next piece is asked for.
+            next piece is asked for, and until all `users` are done.
         last: whether this completes the leaf.
+        users: what still reads `array` when the next piece is asked for; whoever takes the piece adds them.
     """
 
     leaf: Leaf
     box: Box
     array: np.ndarray
     last: bool
+    users: list[Future[None]] = dataclasses.field(default_factory=list)
 
 
 def boxes(leaf: Leaf, limit: int) -> list[Box]:
@@ -157,7 +160,8 @@ def read_pieces(
         StorageError: the storage refuses, or does not answer within the time limit.
     """
     limit = max(1, budget // _PIECES_IN_FLIGHT)
-    pending: collections.deque[tuple[Leaf, Box, np.ndarray, bool, ts.Future]] = collections.deque()
+    pending: collections.deque[tuple[Piece, ts.Future]] = collections.deque()
+    given: collections.deque[Piece] = collections.deque()
     ring = _Ring(budget)
     queue = (
         (leaf, box, last)
@@ -170,26 +174,40 @@ def read_pieces(
     try:
         while upcoming is not None or pending:
             while upcoming is not None:
+                while given and all(user.done() for user in given[0].users):
+                    _give_back(ring, given)
                 leaf, box, last = upcoming
                 memory = ring.take(box_nbytes(box, leaf.dtype.itemsize))
+                if memory is None and not pending:
+                    _give_back(ring, given)
+                    continue
                 if memory is None:
                     break
                 values = _shaped(memory, leaf, box, (outer or {}).get(leaf.key, ()))
                 destination = ts.array(values, copy=False, write=True)
-                pending.append((leaf, box, values, last, destination.write(arrays[leaf.key][box]).commit))
+                future = destination.write(arrays[leaf.key][box]).commit
+                pending.append((Piece(leaf, box, values, last), future))
                 upcoming = next(queue, None)
-            leaf, box, values, last, future = pending[0]
+            piece, future = pending[0]
             started = time.perf_counter()
-            _result(watch, future, leaf)
+            _result(watch, future, piece.leaf)
             pending.popleft()
             if on_wait is not None:
                 on_wait(time.perf_counter() - started)
-            yield Piece(leaf, box, values, last)
-            ring.give_back()
+            given.append(piece)
+            yield piece
     finally:
         # What nobody holds is given up; see open_arrays for why it is not cancelled.
         pending.clear()
         watch.close()
+
+
+def _give_back(ring: _Ring, given: collections.deque[Piece]) -> None:
+    """Frees the memory of the piece that was given first, as soon as nobody reads it any more."""
+    for user in given.popleft().users:
+        # To wait for it is to hear of its error.
+        user.result()
+    ring.give_back()
 
 
 def _shaped(memory: np.ndarray, leaf: Leaf, box: Box, outer: tuple[int, ...]) -> np.ndarray:

@@ -19,6 +19,7 @@ import collections
 import dataclasses
 import functools
 import os
+import time
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
@@ -34,7 +35,7 @@ from vllm_maxtext_loader.conversion.gemma4 import Scope, Value
 from vllm_maxtext_loader.conversion.ops import unscale_embedding
 from vllm_maxtext_loader.conversion.plan import LeafPlan, Plan, Write
 from vllm_maxtext_loader.tpu.modules import OUTSIDE, Shapes, find_weights
-from vllm_maxtext_loader.tpu.shards import Starts, Weight, blocks
+from vllm_maxtext_loader.tpu.shards import Shard, Starts, Weight, blocks
 
 _WRITERS = min(4, len(os.sched_getaffinity(0)))
 """Threads that copy. New memory is dear where the kernel hands it out page by page: one thread would spend most of its time on that,
@@ -74,6 +75,8 @@ class DirectPlacer:
         self.fold = fold_expert_scales
         self.scales = ScaleStore()
         self.placed: set[str] = set()
+        self._written: collections.deque[Piece] = collections.deque()
+        self._wrote = 0.0
         shapes: Shapes = collections.defaultdict(dict)
         for entry in plan.leaves:
             for write in entry.writes:
@@ -109,6 +112,12 @@ class DirectPlacer:
         """Hugging Face names that do not come through `model.load_weights`."""
         return {write.target for entry in self.plan.leaves if self.wants(entry) for write in entry.writes}
 
+    def idle(self, seconds: float) -> float:
+        """How many of the last `seconds` nothing was being written."""
+        if any(not user.done() for piece in self._written for user in piece.users):
+            return 0.0
+        return min(seconds, time.perf_counter() - self._wrote)
+
     def stream(self, pieces: Iterator[Piece], on_place: Callable[[Piece], None]) -> Iterator[Piece]:
         """Places wanted pieces, passes the others on.
 
@@ -117,6 +126,19 @@ class DirectPlacer:
             on_place: told each placed piece.
         """
         unfinished = collections.deque(self.plan.leaves)
+        written = self._written
+
+        def settle(most: int) -> None:
+            """Takes pieces whose writing is over off the list; waits until at most so many are on it."""
+            while written and (len(written) > most or all(user.done() for user in written[0].users)):
+                piece = written.popleft()
+                for user in piece.users:
+                    # To wait for it is to hear of its error.
+                    user.result()
+                on_place(piece)
+                if piece.last:
+                    self._complete(self._entries[piece.leaf.key])
+
         with ThreadPoolExecutor(_WRITERS, thread_name_prefix="maxtext-write") as writers:
             for piece in pieces:
                 # A leaf of which nothing is needed here has no piece.
@@ -129,11 +151,13 @@ class DirectPlacer:
                             transform(entry, write, *found, True, self.scales)
                 if self.wants(entry):
                     self._put(entry, piece, writers)
-                    on_place(piece)
+                    written.append(piece)
+                    settle(len(written))
                 else:
                     yield piece
                 if piece.last:
-                    self._complete(unfinished.popleft())
+                    unfinished.popleft()
+            settle(0)
             while unfinished:
                 self._complete(unfinished.popleft())
 
@@ -158,17 +182,17 @@ class DirectPlacer:
                     yield _Move(weight, device, write, block[part], rows, local)
 
     def _put(self, entry: LeafPlan, piece: Piece, writers: Executor) -> None:
-        """Copies a piece into the shards it is a part of, and returns when its memory is no longer needed."""
+        """Has a piece copied into the shards it is a part of; who copies becomes a user of the piece."""
         by_shard: dict[tuple[int, Any], list[_Move]] = collections.defaultdict(list)
         for move in self._moves(entry, piece):
             by_shard[id(move.weight), move.device].append(move)
-        # To wait for each result is to hear of its error.
-        for _ in writers.map(functools.partial(self._write, entry), by_shard.values()):
-            pass
+        for moves in by_shard.values():
+            # Here, and not by the writer: two of them may meet at one shard.
+            shard = moves[0].weight.shard(moves[0].device)
+            piece.users.append(writers.submit(self._write, entry, shard, moves))
 
-    def _write(self, entry: LeafPlan, moves: list[_Move]) -> None:
+    def _write(self, entry: LeafPlan, shard: Shard, moves: list[_Move]) -> None:
         """Copies parts of a piece into the one shard that they belong to."""
-        shard = moves[0].weight.shard(moves[0].device)
         for move in moves:
             scales, convert = None, None
             match entry.rule.value:
@@ -179,6 +203,7 @@ class DirectPlacer:
                     scales = self.scales.get(move.write.layer, move.rows)
             shard.write(move.values, move.starts, scales, convert)
         shard.settle()
+        self._wrote = time.perf_counter()
 
     def _complete(self, entry: LeafPlan) -> None:
         """Finishes the modules that have waited for this leaf last."""

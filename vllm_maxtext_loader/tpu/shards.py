@@ -11,6 +11,7 @@ import functools
 import itertools
 import math
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -85,6 +86,7 @@ class DeviceShard:
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype, device: Any) -> None:
         self._values = jnp.zeros(shape, dtype, device=device)
         self._device = device
+        self._lock = threading.Lock()
 
     def write(
         self,
@@ -94,16 +96,23 @@ class DeviceShard:
         convert: Convert | None = None,
     ) -> None:
         values = np.ascontiguousarray(block if convert is None else convert(block))
-        self._values = update(self._values, jax.device_put(values, self._device), starts, scales)
+        block = jax.device_put(values, self._device)
+        with self._lock:
+            # An update gives the memory away and gets it back: one at a time.
+            self._values = update(self._values, block, starts, scales)
 
     def settle(self) -> None:
-        self._values.block_until_ready()
+        with self._lock:
+            self._values.block_until_ready()
 
     def array(self) -> jax.Array:
         return self._values
 
 
-def make_shard(shape: tuple[int, ...], dtype: np.dtype, device: Any) -> HostShard | DeviceShard:
+Shard = HostShard | DeviceShard
+
+
+def make_shard(shape: tuple[int, ...], dtype: np.dtype, device: Any) -> Shard:
     """An empty (zero) shard of the kind that suits the device."""
     on_host = device.platform == "cpu" and os.environ.get(DIRECT_VARIABLE) != "device"
     return (HostShard if on_host else DeviceShard)(shape, dtype, device)
@@ -132,7 +141,7 @@ class Weight:
     waiting: set[str]
     finish: Callable[[jax.Array], None]
     dtype: np.dtype
-    _shards: dict[Any, HostShard | DeviceShard] = dataclasses.field(default_factory=dict)
+    _shards: dict[Any, Shard] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def bounds(self) -> dict[Any, Box]:
@@ -172,7 +181,7 @@ class Weight:
                 part = tuple(slice(a - m, b - m) for a, b, m in zip(low, high, moved, strict=True))
                 yield device, part, tuple(a - s.start for a, s in zip(low, shard, strict=True))
 
-    def shard(self, device: Any) -> HostShard | DeviceShard:
+    def shard(self, device: Any) -> Shard:
         """The part of a device of this process; made empty when it is first asked for."""
         if device not in self._shards:
             shape = tuple(part.stop - part.start for part in self.bounds[device])
