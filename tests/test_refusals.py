@@ -231,3 +231,15 @@ def test_damaged_tree_metadata(copy_case: Callable[[str], Path], damage: str) ->
     (items / "_METADATA").write_bytes(damage.encode("utf-8", "surrogatepass"))
     message = _message(CorruptMetadataError, items)
     assert "_METADATA" in message
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in cases() if open_checkpoint(cases()[name].items).plan.dims.layers[-1].sliding]
+)
+def test_configuration_of_a_model_that_ends_in_a_sliding_window_layer(
+    name: str, twin: Callable[[str], Path]
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AutoConfig.from_pretrained(twin(name))
+    with pytest.raises(ConfigMismatchError, match="can be verified and exported, not served"):
+        open_checkpoint(cases()[name].items).with_config(config)

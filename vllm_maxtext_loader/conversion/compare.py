@@ -75,6 +75,12 @@ def compare(found: Dims, wanted: Dims, where: str) -> None:
             differ(
                 f"vision {field.name}", getattr(wanted.vision, field.name), getattr(found.vision, field.name)
             )
+    if differences and found.layers[-1].sliding and not wanted.layers[-1].sliding:
+        raise ConfigMismatchError(
+            f"{where}: ends in a sliding-window layer, and transformers makes the last layer of every Gemma 4 "
+            f"configuration a full-attention one ({'; '.join(differences)}). Such a model can be verified and exported, "
+            f"not served."
+        )
     if differences:
         raise ConfigMismatchError(
             f"{where}: the Hugging Face configuration is not this checkpoint's: {'; '.join(differences)}. Use the "
