@@ -68,8 +68,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 VOCAB = 32768
-PAUSE_SECONDS = 20
-"""About what an engine's start takes before it loads. On a virtual machine whose host takes freed memory back, memory is cheap just after
+PAUSE_SECONDS = 10
+"""An engine's start takes at least that before it loads. On a virtual machine whose host takes freed memory back, memory is cheap just after
 another process has ended, and dear by then: the floor is measured where a loader stands."""
 
 

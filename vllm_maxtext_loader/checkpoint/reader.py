@@ -14,6 +14,7 @@ import collections
 import dataclasses
 import itertools
 import math
+import mmap
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
@@ -126,11 +127,14 @@ class _Ring:
         self._taken.popleft()
 
 
-def aligned(size: int, *, zeros: bool = False) -> np.ndarray:
-    """`size` bytes that JAX on the CPU takes without copying them."""
-    memory = (np.zeros if zeros else np.empty)(size + _ALIGNMENT, np.uint8)
-    offset = -memory.ctypes.data % _ALIGNMENT
-    return memory[offset : offset + size]
+def aligned(size: int) -> np.ndarray:
+    """`size` bytes of zeros that JAX on the CPU takes without copying them; pages that were never used cost nothing.
+
+    Not NumPy's own memory: that asks for huge pages, and where a virtual machine's host takes freed memory back (free page
+    reporting, by blocks of that very size), a huge page is one that the host has to give anew.
+    """
+    memory = mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(memory, np.uint8)[:size]
 
 
 def read_pieces(

@@ -43,8 +43,7 @@ class HostShard:
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype, device: Any) -> None:
-        # Zeros that nobody has written cost no memory, and JAX takes memory so aligned as it is.
-        memory = aligned(math.prod(shape) * dtype.itemsize, zeros=True)
+        memory = aligned(math.prod(shape) * dtype.itemsize)
         self._values = memory.view(dtype).reshape(shape)
         self._device = device
 
