@@ -131,7 +131,8 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "rotten": ("ReadError", "leaf params.params.decoder.decoder_norm.scale, chunk [", "CRC-32C is "),
     "forbidden": ("StorageError", "gs://checkpoints/refused/forbidden/0/items", "403"),
     "unavailable": ("StorageError", "gs://checkpoints/refused/unavailable/0/items", "503"),
-    "hanging": ("StorageError", "gs://checkpoints/refused/hanging/0/items", "VLLM_MAXTEXT_TIMEOUT"),
+    # Requests of the engine before it may still be failing in this process, which changes the advice, not the finding.
+    "hanging": ("StorageError", "gs://checkpoints/refused/hanging/0/items", "timed out: nothing arrived"),
     # Whether the tree or the arrays are being read when the step goes is a matter of timing; test_faults has both.
     "deleted": ("", "gs://checkpoints/refused/deleted/0"),
     "uncommitted": ("", "gs://checkpoints/refused/uncommitted", "commit"),
