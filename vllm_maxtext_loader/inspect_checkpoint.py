@@ -14,12 +14,12 @@ from vllm_maxtext_loader import hf_config
 from vllm_maxtext_loader.checkpoint.location import STEP_NAME, TMP_MARK, ItemLocation, locate
 from vllm_maxtext_loader.checkpoint.storage import Location, tensorstore_context
 from vllm_maxtext_loader.checkpoint.tree import Leaf, Tree, read_tree
+from vllm_maxtext_loader.conversion.compare import refuse_sliding_end
 from vllm_maxtext_loader.conversion.gemma4 import CONTAINERS, Dims
 from vllm_maxtext_loader.conversion.layout import describe
 from vllm_maxtext_loader.conversion.plan import Plan, make_plan
 from vllm_maxtext_loader.errors import (
     CheckpointNotFoundError,
-    ConfigMismatchError,
     MaxTextLoadError,
     NotACheckpointError,
     StorageError,
@@ -185,11 +185,7 @@ def inspect_checkpoint(
 
 def _preset(dims: Dims, model_name: str | None, where: str) -> str | None:
     """Name of the published model to take the rest from: what `hf_config` checks without transformers."""
-    if dims.layers[-1].sliding:
-        raise ConfigMismatchError(
-            f"{where}: ends in a sliding-window layer; transformers, and with it vLLM, makes the last layer "
-            f"of every Gemma 4 a full-attention one. Such a checkpoint can be converted, not served."
-        )
+    refuse_sliding_end(dims, where)
     if model_name is None:
         return hf_config.match_preset(dims)
     return hf_config.choose_preset(dims, model_name, where)

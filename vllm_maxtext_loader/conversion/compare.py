@@ -59,6 +59,8 @@ def compare(found: Dims, wanted: Dims, where: str) -> None:
     if wanted.vocab > found.vocab:
         differ("vocab_size", wanted.vocab, found.vocab)
     if len(wanted.layers) == len(found.layers):
+        if not wanted.layers[-1].sliding:
+            refuse_sliding_end(found, where)
         for name, field in (
             ("layer_types", "sliding"),
             ("head_dim", "head_dim"),
@@ -75,16 +77,23 @@ def compare(found: Dims, wanted: Dims, where: str) -> None:
             differ(
                 f"vision {field.name}", getattr(wanted.vision, field.name), getattr(found.vision, field.name)
             )
-    if differences and found.layers[-1].sliding and not wanted.layers[-1].sliding:
-        raise ConfigMismatchError(
-            f"{where}: ends in a sliding-window layer, and transformers makes the last layer of every Gemma 4 "
-            f"configuration a full-attention one ({'; '.join(differences)}). Such a model can be verified and exported, "
-            f"not served."
-        )
     if differences:
         raise ConfigMismatchError(
             f"{where}: the Hugging Face configuration is not this checkpoint's: {'; '.join(differences)}. Use the "
             f"configuration of the model that was trained, or none (it is then read from the checkpoint)."
+        )
+
+
+def refuse_sliding_end(dims: Dims, where: str) -> None:
+    """Refuses a model that no configuration describes.
+
+    Raises:
+        ConfigMismatchError: its last layer has a sliding window.
+    """
+    if dims.layers[-1].sliding:
+        raise ConfigMismatchError(
+            f"{where}: ends in a sliding-window layer; transformers, and with it vLLM, makes the last layer "
+            f"of every Gemma 4 a full-attention one. Such a checkpoint can be converted, not served."
         )
 
 
