@@ -340,11 +340,13 @@ def test_unfolded_scale_is_lost_on_tpu_inference(spoken: dict[str, Any], twin: C
         _config(twin("moe_v2"))["num_hidden_layers"], float(np.mean([np.std(row) for row in reference]))
     )
 
-    def usual_distance(model: list[np.ndarray]) -> float:
-        # Of the prompts, the median: a router that is nearly undecided may choose another expert in bfloat16 on one processor and
-        # not on another, which moves one prompt and not the others.
+    def distances(model: list[np.ndarray]) -> list[float]:
         answers = zip(spoken["unfolded"]["logprobs"], model, strict=True)
-        return float(np.median([distance([answer], [expected]) for answer, expected in answers]))
+        return [distance([answer], [expected]) for answer, expected in answers]
 
-    assert usual_distance(reference) > limit
-    assert usual_distance(without) < limit
+    assert all(near < far for near, far in zip(distances(without), distances(reference), strict=True))
+    assert distance(spoken["unfolded"]["logprobs"], reference) > limit
+    # Of the prompts, the median: a router that is nearly undecided may choose another expert in bfloat16 on one processor and
+    # not on another, which moves one prompt and not the others.
+    assert np.median(distances(reference)) > limit
+    assert np.median(distances(without)) < limit

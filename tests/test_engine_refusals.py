@@ -36,8 +36,9 @@ def _bucket_jobs(model: Path) -> list[dict[str, Any]]:
     jobs = []
     for name, fault in (
         ("forbidden", {"status": 403}),
-        ("unavailable", {"status": 503}),
+        # Before the next: requests of an engine that has given up may be repeated a while, and the counters are the process's.
         ("hanging", {"hang": 60.0}),
+        ("unavailable", {"status": 503}),
     ):
         storage.upload(RUN, gcs.BUCKET, f"refused/{name}/")
         proxy.faults.append(gcs.Fault(f"read .*refused/{name}/.*process_0/d/", **fault))  # type: ignore[arg-type]
@@ -131,8 +132,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "rotten": ("ReadError", "leaf params.params.decoder.decoder_norm.scale, chunk [", "CRC-32C is "),
     "forbidden": ("StorageError", "gs://checkpoints/refused/forbidden/0/items", "403"),
     "unavailable": ("StorageError", "gs://checkpoints/refused/unavailable/0/items", "503"),
-    # Requests of the engine before it may still be failing in this process, which changes the advice, not the finding.
-    "hanging": ("StorageError", "gs://checkpoints/refused/hanging/0/items", "timed out: nothing arrived"),
+    "hanging": ("StorageError", "gs://checkpoints/refused/hanging/0/items", "VLLM_MAXTEXT_TIMEOUT"),
     # Whether the tree or the arrays are being read when the step goes is a matter of timing; test_faults has both.
     "deleted": ("", "gs://checkpoints/refused/deleted/0"),
     "uncommitted": ("", "gs://checkpoints/refused/uncommitted", "commit"),
