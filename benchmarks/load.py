@@ -349,15 +349,13 @@ def floor(checkpoint: str) -> dict[str, float]:
 
 def _read(chunks: list[Any], keep: bool) -> float:
     """Seconds to decode all chunks, four in flight."""
-    kept = []
+    kept: collections.deque[Any] = collections.deque(maxlen=None if keep else 0)
     started = time.perf_counter()
     flying: collections.deque[Any] = collections.deque()
     for chunk in chunks:
         flying.append(chunk.read())
         if len(flying) == 4:
             kept.append(flying.popleft().result())
-            if not keep:
-                kept.clear()
     while flying:
         kept.append(flying.popleft().result())
     return time.perf_counter() - started

@@ -58,6 +58,16 @@ class Piece:
     last: bool
     users: list[Future[None]] = dataclasses.field(default_factory=list)
 
+    @property
+    def in_use(self) -> bool:
+        """Whether a user is not done."""
+        return any(not user.done() for user in self.users)
+
+    def settle(self) -> None:
+        """Waits for the users; raises what one of them has raised."""
+        for user in self.users:
+            user.result()
+
 
 def boxes(leaf: Leaf, limit: int) -> list[Box]:
     """Cuts a leaf into boxes aligned to its chunks, each of at most `limit` bytes where chunks allow it.
@@ -178,7 +188,7 @@ def read_pieces(
     try:
         while upcoming is not None or pending:
             while upcoming is not None:
-                while given and all(user.done() for user in given[0].users):
+                while given and not given[0].in_use:
                     _give_back(ring, given)
                 leaf, box, last = upcoming
                 memory = ring.take(box_nbytes(box, leaf.dtype.itemsize))
@@ -208,9 +218,7 @@ def read_pieces(
 
 def _give_back(ring: _Ring, given: collections.deque[Piece]) -> None:
     """Frees the memory of the piece that was given first, as soon as nobody reads it any more."""
-    for user in given.popleft().users:
-        # To wait for it is to hear of its error.
-        user.result()
+    given.popleft().settle()
     ring.give_back()
 
 

@@ -75,7 +75,7 @@ class DirectPlacer:
         self.fold = fold_expert_scales
         self.scales = ScaleStore()
         self.placed: set[str] = set()
-        self._written: collections.deque[Piece] = collections.deque()
+        self._writing: collections.deque[Piece] = collections.deque()
         self._wrote = 0.0
         shapes: Shapes = collections.defaultdict(dict)
         for entry in plan.leaves:
@@ -114,7 +114,7 @@ class DirectPlacer:
 
     def idle(self, seconds: float) -> float:
         """How many of the last `seconds` nothing was being written."""
-        if any(not user.done() for piece in self._written for user in piece.users):
+        if any(piece.in_use for piece in self._writing):
             return 0.0
         return min(seconds, time.perf_counter() - self._wrote)
 
@@ -126,15 +126,13 @@ class DirectPlacer:
             on_place: told each placed piece.
         """
         unfinished = collections.deque(self.plan.leaves)
-        written = self._written
+        writing = self._writing
 
-        def settle(most: int) -> None:
-            """Takes pieces whose writing is over off the list; waits until at most so many are on it."""
-            while written and (len(written) > most or all(user.done() for user in written[0].users)):
-                piece = written.popleft()
-                for user in piece.users:
-                    # To wait for it is to hear of its error.
-                    user.result()
+        def settle(*, wait: bool) -> None:
+            """Takes the pieces that are written off the list, in their order; all of them where it may wait."""
+            while writing and (wait or not writing[0].in_use):
+                piece = writing.popleft()
+                piece.settle()
                 on_place(piece)
                 if piece.last:
                     self._complete(self._entries[piece.leaf.key])
@@ -151,13 +149,13 @@ class DirectPlacer:
                             transform(entry, write, *found, True, self.scales)
                 if self.wants(entry):
                     self._put(entry, piece, writers)
-                    written.append(piece)
-                    settle(len(written))
+                    writing.append(piece)
+                    settle(wait=False)
                 else:
                     yield piece
                 if piece.last:
                     unfinished.popleft()
-            settle(0)
+            settle(wait=True)
             while unfinished:
                 self._complete(unfinished.popleft())
 
