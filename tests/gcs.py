@@ -20,6 +20,7 @@ import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 
+import tensorstore
 from gcs_proxy import Fault, Proxy, Request, free_port
 
 __all__ = ["BUCKET", "Fault", "Proxy", "Request", "Server", "environment", "free_port", "shared"]
@@ -129,18 +130,39 @@ class Server:
 
 @contextlib.contextmanager
 def environment(url: str, **more: str) -> Iterator[None]:
-    """Points Google's clients at `url` for the duration; `more` are further variables."""
+    """Points Google's clients at `url` for the duration; `more` are further variables.
+
+    For as many tests as possible at a time: curl reads the environment whenever TensorStore connects, and a process whose environment
+    is changed at that moment may crash.
+    """
     values = {**ENVIRONMENT, "STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url, **more}
     before = {key: os.environ.get(key) for key in values}
     os.environ.update(values)
     try:
         yield
     finally:
+        _wait_for_quiet()
         for key, value in before.items():
             if value is None:
                 os.environ.pop(key, None)
             else:
                 os.environ[key] = value
+
+
+def _wait_for_quiet(seconds: float = 1.0, most: float = 20.0) -> None:
+    """Returns once TensorStore has made no request for so many seconds: loads that were given up are repeated for a while."""
+    started = quiet_since = time.monotonic()
+    requests = None
+    while (now := time.monotonic()) < min(quiet_since + seconds, started + most):
+        found = tensorstore.experimental_collect_matching_metrics("/tensorstore/http/")
+        counts = {metric["name"].rsplit("/", 1)[-1]: metric["values"] for metric in found}
+        made, active = (
+            sum(int(value.get("value", 0)) for value in counts.get(name, []))
+            for name in ("request_started", "active")
+        )
+        if made != requests or active:
+            requests, quiet_since = made, now
+        time.sleep(0.05)
 
 
 @functools.cache

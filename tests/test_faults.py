@@ -50,11 +50,16 @@ class Remote:
         self.proxy.faults.append(gcs.Fault(f"{kind} .*{self.prefix}{rest}", **what))  # type: ignore[arg-type]
 
 
+@pytest.fixture(scope="module")
+def _environment() -> Iterator[None]:
+    with gcs.environment(gcs.shared()[1].url, VLLM_MAXTEXT_TIMEOUT=str(LIMIT)):
+        yield
+
+
 @pytest.fixture
-def remote(tmp_path: Path) -> Iterator[Remote]:
+def remote(_environment: None, tmp_path: Path) -> Iterator[Remote]:
     found = Remote(tmp_path.name)
-    with gcs.environment(found.proxy.url, VLLM_MAXTEXT_TIMEOUT=str(LIMIT)):
-        yield found.upload(FIXTURES / "moe_v2/checkpoints")
+    yield found.upload(FIXTURES / "moe_v2/checkpoints")
     found.proxy.clear()
 
 
