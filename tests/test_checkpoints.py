@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -81,6 +82,21 @@ def test_every_stored_chunk_is_decoded_once(name: str, budget: float) -> None:
         math.prod(math.ceil(size / step) for size, step in zip(leaf.shape, leaf.chunks, strict=True))
         for leaf in leaves
     )
+
+
+def test_reading_begins_before_the_first_piece_is_asked_for(twin: Callable[[str], Path]) -> None:
+    checkpoint = open_checkpoint(cases()["moe_v2"].items)
+    before = _decoded_chunks()
+    weights = checkpoint.hf_weights()
+    assert _decoded_chunks() == before, "tensors are read when the first is asked for"
+    weights.close()
+    pieces = checkpoint.pieces()
+    deadline = time.monotonic() + 20
+    while _decoded_chunks() == before:
+        assert time.monotonic() < deadline, "nothing was read"
+        time.sleep(0.01)
+    expected = safetensors_torch.load_file(twin("moe_v2") / "model.safetensors")
+    _equal_to_twin(dict(checkpoint.hf_weights(pieces=pieces)), expected)
 
 
 def _decoded_chunks() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import itertools
+import math
 import random
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tpu_inference.layers.common.process_weights.linear_weights import LinearWeights, process_linear_weights
 
 from vllm_maxtext_loader.tpu.columns import Run, linear_runs
-from vllm_maxtext_loader.tpu.shards import DeviceShard, HostShard, Weight, blocks, make_shard
+from vllm_maxtext_loader.tpu.shards import DeviceShard, HostShard, Weight, blocks, make_shard, parts
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -156,6 +157,16 @@ def test_columns_go_where_tpu_inference_puts_them(n_shards: int) -> None:
         source = {"query": query, "key": key}[run.leaf].reshape(6, -1)
         made[:, run.start : run.start + run.length] = source[:, run.source : run.source + run.length]
     np.testing.assert_array_equal(made, wanted)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 7), (7, 5, 3), (2, 3, 2, 2)])
+@pytest.mark.parametrize("size", [1, 4, 15, 10_000])
+def test_parts_cover_a_block_once(shape: tuple[int, ...], size: int) -> None:
+    times, rest = np.zeros(shape, int), math.prod(shape[2:])
+    for part in parts(shape, size):
+        assert 0 < times[part].size <= max(size, rest)
+        times[part] += 1
+    assert (times == 1).all()
 
 
 SHARDS = [HostShard, DeviceShard]

@@ -77,26 +77,16 @@ class Checkpoint:
 
         return make_config(self.trimmed_plan().dims, self.model_name, self.plan.where)
 
-    def hf_weights(
+    def pieces(
         self,
         *,
-        fold_expert_scales: bool = False,
-        dtype: torch.dtype | None = None,
         on_wait: Callable[[float], None] | None = None,
-        on_piece: Callable[[Piece, float], None] | None = None,
-        through: Callable[[Iterator[Piece]], Iterator[Piece]] | None = None,
         needed: Callable[[Leaf, Box], bool] | None = None,
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields every tensor of the model under its Hugging Face name, streaming.
+    ) -> Iterator[Piece]:
+        """Decoded boxes of the planned leaves, in stored order. Reading begins with the call.
 
         Args:
-            fold_expert_scales: multiply per_expert_scale into down_proj (float32, one rounding), and give
-                ones in its place.
-            dtype: dtype of all tensors; None keeps the stored dtype.
             on_wait: told the seconds spent waiting for each box of decoded data.
-            on_piece: told each box, and the seconds it took to convert.
-            through: sees every box first and passes on those it does not take for itself; tensors all of whose
-                boxes it takes are not yielded.
             needed: whether a box is wanted; boxes that are not are not read. None means all are.
 
         Raises:
@@ -104,7 +94,7 @@ class Checkpoint:
             StorageError: the storage refuses or does not answer.
         """
         plan = self.trimmed_plan()
-        pieces = read_pieces(
+        return read_pieces(
             [entry.leaf for entry in plan.leaves],
             self.tree.arrays,
             self.concurrent_bytes,
@@ -113,11 +103,32 @@ class Checkpoint:
             needed=needed,
             on_wait=on_wait,
         )
-        if through is not None:
-            pieces = through(pieces)
+
+    def hf_weights(
+        self,
+        *,
+        fold_expert_scales: bool = False,
+        dtype: torch.dtype | None = None,
+        pieces: Iterator[Piece] | None = None,
+        on_piece: Callable[[Piece, float], None] | None = None,
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields every tensor of the model under its Hugging Face name, streaming.
+
+        Args:
+            fold_expert_scales: multiply per_expert_scale into down_proj (float32, one rounding), and give
+                ones in its place.
+            dtype: dtype of all tensors; None keeps the stored dtype.
+            pieces: from `pieces()`, where reading shall begin earlier or something takes boxes out of them; tensors of
+                which no box is left are not yielded. None means reading begins when the first tensor is asked for.
+            on_piece: told each box, and the seconds it took to convert.
+
+        Raises:
+            ReadError: a chunk is missing, truncated or corrupt.
+            StorageError: the storage refuses or does not answer.
+        """
         for name, array in convert(
-            plan,
-            pieces,
+            self.trimmed_plan(),
+            self.pieces() if pieces is None else pieces,
             dtype=None if dtype is None else numpy_dtype(dtype),
             fold_expert_scales=fold_expert_scales,
             on_piece=on_piece,
@@ -183,6 +194,15 @@ def to_torch(array: np.ndarray) -> torch.Tensor:
     if array.dtype == BFLOAT16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
+
+
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """Inverse of `to_torch`, for a tensor of the host's."""
+    import torch
+
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(BFLOAT16)
+    return tensor.numpy()
 
 
 def numpy_dtype(dtype: torch.dtype) -> np.dtype:

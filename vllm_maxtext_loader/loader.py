@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import gc
 import os
 import resource
@@ -33,15 +32,14 @@ if TYPE_CHECKING:
     from vllm.config.load import LoadConfig
 
     from vllm_maxtext_loader.api import Checkpoint
-    from vllm_maxtext_loader.checkpoint.reader import Box, Piece
-    from vllm_maxtext_loader.checkpoint.tree import Leaf
+    from vllm_maxtext_loader.checkpoint.reader import Piece
+    from vllm_maxtext_loader.tpu.direct import DirectPlacer
 
 logger = init_logger("vllm." + __name__)
 
 GIB = 1 << 30
 
 Through = Callable[[Iterator["Piece"]], Iterator["Piece"]]
-Needed = Callable[["Leaf", "Box"], bool]
 
 
 def _unchanged(pieces: Iterator[Piece]) -> Iterator[Piece]:
@@ -86,39 +84,42 @@ class MaxTextModelLoader(BaseModelLoader):
         started = time.perf_counter()
         fold = self._fold_expert_scales(checkpoint)
         wanted = _weights_of(model)
-        meter = _Meter(checkpoint, enable_tqdm(self.load_config.use_tqdm_on_load))
-        given: set[str] = set()
         watch = self._checksum_watch(checkpoint)
-        place: Through = _unchanged
+        given: set[str] = set()
         placed: set[str] = set()
-        needed: Needed | None = None
-        on_wait = meter.on_wait
-        if self._places_directly(model_config):
-            from vllm_maxtext_loader.tpu.direct import DirectPlacer
+        placer: DirectPlacer | None = None
+        meter = _Meter(checkpoint, enable_tqdm(self.load_config.use_tqdm_on_load))
 
-            placer = DirectPlacer(model, checkpoint.plan, numpy_dtype(model_config.dtype), fold)
-            given, placed = placer.targets(), placer.placed
-            # Several hosts: each reads the boxes its own devices hold a part of.
-            needed = placer.needs if placer.shared_with_other_processes else None
-            place = functools.partial(placer.stream, on_place=meter.on_place)
+        def on_wait(seconds: float) -> None:
+            # What goes on while others write is not waited for.
+            meter.on_wait(seconds if placer is None else placer.idle(seconds))
 
-            def on_wait(seconds: float) -> None:
-                # What goes on while others write is not waited for.
-                meter.on_wait(placer.idle(seconds))
-
-        weights = checkpoint.hf_weights(
-            fold_expert_scales=fold,
-            dtype=model_config.dtype,
-            on_wait=on_wait,
-            on_piece=meter.on_piece,
-            through=lambda pieces: place(watch(pieces)),
-            needed=needed,
-        )
         try:
+            if self._places_directly(model_config):
+                from vllm_maxtext_loader.tpu import direct
+
+                # Several hosts: each reads the boxes its own devices hold a part of, and must know first which these
+                # are. One host reads while that is being found out.
+                pieces = None if direct.several_processes() else checkpoint.pieces(on_wait=on_wait)
+                placer = direct.DirectPlacer(model, checkpoint.plan, numpy_dtype(model_config.dtype), fold)
+                given, placed = placer.targets(), placer.placed
+                if pieces is None:
+                    pieces = checkpoint.pieces(on_wait=on_wait, needed=placer.needs)
+                pieces = placer.stream(watch(pieces), on_place=meter.on_place)
+            else:
+                pieces = watch(checkpoint.pieces(on_wait=on_wait))
+            weights = checkpoint.hf_weights(
+                fold_expert_scales=fold,
+                dtype=model_config.dtype,
+                pieces=pieces,
+                on_piece=meter.on_piece,
+            )
             loaded = model.load_weights(_watched(weights, given))  # type: ignore[operator]
         finally:
             meter.close()
         _check_complete(checkpoint, wanted, set(loaded or ()) | placed, given)
+        if placer is not None:
+            placer.replicate(wanted - placed)
         meter.report(time.perf_counter() - started)
 
     def _open(self, model_config: ModelConfig) -> Checkpoint:

@@ -157,7 +157,7 @@ def read_pieces(
     needed: Callable[[Leaf, Box], bool] | None = None,
     on_wait: Callable[[float], None] | None = None,
 ) -> Iterator[Piece]:
-    """Yields every box of every leaf, in order, reading ahead.
+    """Every box of every leaf, in order. Reading begins with the call, and goes on ahead of what is asked for.
 
     Args:
         leaves: what to read.
@@ -170,56 +170,89 @@ def read_pieces(
         on_wait: told the seconds spent waiting for each box.
 
     Raises:
-        ReadError: a chunk is missing, truncated or corrupt.
-        StorageError: the storage refuses, or does not answer within the time limit.
+        ReadError: a chunk is missing, truncated or corrupt; when its piece is asked for.
+        StorageError: the storage refuses, or does not answer within the time limit; likewise.
     """
     limit = max(1, budget // _PIECES_IN_FLIGHT)
-    pending: collections.deque[tuple[Piece, ts.Future]] = collections.deque()
-    given: collections.deque[Piece] = collections.deque()
-    ring = _Ring(budget)
     queue = (
         (leaf, box, last)
         for leaf in leaves
         for cut in [[box for box in boxes(leaf, limit) if needed is None or needed(leaf, box)]]
         for box, last in zip(cut, [False] * (len(cut) - 1) + [True], strict=True)
     )
-    upcoming = next(queue, None)
+    flight = _Flight(queue, arrays, _Ring(budget), outer or {})
     watch = Watch(where)
+    flight.request()
+    return _arrivals(flight, watch, on_wait)
+
+
+class _Flight:
+    """Boxes that have been asked for.
+
+    Args:
+        queue: what to ask for: leaf, box, whether it is the leaf's last.
+        arrays: opened arrays by leaf key.
+        ring: memory they are decoded into.
+        outer: see `read_pieces`.
+
+    Attributes:
+        pending: pieces that may still be decoded, in the order in which they were asked for.
+        given: pieces that were handed out, and whose memory is in use.
+    """
+
+    def __init__(
+        self,
+        queue: Iterator[tuple[Leaf, Box, bool]],
+        arrays: dict[str, ts.TensorStore],
+        ring: _Ring,
+        outer: Mapping[str, tuple[int, ...]],
+    ) -> None:
+        self.pending: collections.deque[tuple[Piece, ts.Future]] = collections.deque()
+        self.given: collections.deque[Piece] = collections.deque()
+        self._queue, self._arrays, self._ring, self._outer = queue, arrays, ring, outer
+        self._upcoming = next(queue, None)
+
+    def request(self) -> None:
+        """Asks for as many boxes as there is memory for, and for one at least; waits for users where it must."""
+        while self._upcoming is not None:
+            while self.given and not self.given[0].in_use:
+                self._give_back()
+            leaf, box, last = self._upcoming
+            memory = self._ring.take(box_nbytes(box, leaf.dtype.itemsize))
+            if memory is None and not self.pending:
+                self._give_back()
+                continue
+            if memory is None:
+                return
+            values = _shaped(memory, leaf, box, self._outer.get(leaf.key, ()))
+            destination = ts.array(values, copy=False, write=True)
+            future = destination.write(self._arrays[leaf.key][box]).commit
+            self.pending.append((Piece(leaf, box, values, last), future))
+            self._upcoming = next(self._queue, None)
+
+    def _give_back(self) -> None:
+        """Frees the memory of the piece that was given first, as soon as nobody reads it any more."""
+        self.given.popleft().settle()
+        self._ring.give_back()
+
+
+def _arrivals(flight: _Flight, watch: Watch, on_wait: Callable[[float], None] | None) -> Iterator[Piece]:
+    """The pieces of a flight, each when it has been decoded."""
     try:
-        while upcoming is not None or pending:
-            while upcoming is not None:
-                while given and not given[0].in_use:
-                    _give_back(ring, given)
-                leaf, box, last = upcoming
-                memory = ring.take(box_nbytes(box, leaf.dtype.itemsize))
-                if memory is None and not pending:
-                    _give_back(ring, given)
-                    continue
-                if memory is None:
-                    break
-                values = _shaped(memory, leaf, box, (outer or {}).get(leaf.key, ()))
-                destination = ts.array(values, copy=False, write=True)
-                future = destination.write(arrays[leaf.key][box]).commit
-                pending.append((Piece(leaf, box, values, last), future))
-                upcoming = next(queue, None)
-            piece, future = pending[0]
+        while flight.pending:
+            piece, future = flight.pending[0]
             started = time.perf_counter()
             _result(watch, future, piece.leaf)
-            pending.popleft()
+            flight.pending.popleft()
             if on_wait is not None:
                 on_wait(time.perf_counter() - started)
-            given.append(piece)
+            flight.given.append(piece)
             yield piece
+            flight.request()
     finally:
         # What nobody holds is given up; see open_arrays for why it is not cancelled.
-        pending.clear()
+        flight.pending.clear()
         watch.close()
-
-
-def _give_back(ring: _Ring, given: collections.deque[Piece]) -> None:
-    """Frees the memory of the piece that was given first, as soon as nobody reads it any more."""
-    given.popleft().settle()
-    ring.give_back()
 
 
 def _shaped(memory: np.ndarray, leaf: Leaf, box: Box, outer: tuple[int, ...]) -> np.ndarray:

@@ -20,7 +20,7 @@ import dataclasses
 import functools
 import os
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
 
@@ -35,6 +35,7 @@ from vllm_maxtext_loader.conversion.gemma4 import Scope, Value
 from vllm_maxtext_loader.conversion.ops import unscale_embedding
 from vllm_maxtext_loader.conversion.plan import LeafPlan, Plan, Write
 from vllm_maxtext_loader.tpu.modules import OUTSIDE, Shapes, find_weights
+from vllm_maxtext_loader.tpu.replicated import replicate
 from vllm_maxtext_loader.tpu.shards import Shard, Starts, Weight, blocks
 
 _WRITERS = min(4, len(os.sched_getaffinity(0)))
@@ -63,6 +64,11 @@ class _Move:
     starts: Starts
 
 
+def several_processes() -> bool:
+    """Whether other processes hold shards of the model, too."""
+    return jax.process_count() > 1
+
+
 class DirectPlacer:
     """Takes the pieces of the leaves it `wants`, and fills the model's modules.
 
@@ -81,17 +87,13 @@ class DirectPlacer:
         for entry in plan.leaves:
             for write in entry.writes:
                 shapes[_layer(entry, write)][entry.rule.leaf] = _layer_shape(entry)
+        self._model = model
         self._weights = find_weights(model, shapes, dtype)
 
     def wants(self, entry: LeafPlan) -> bool:
         """Whether every layer of the leaf is placed directly."""
         keys = [(_layer(entry, write), entry.rule.leaf) for write in entry.writes]
         return bool(keys) and all(key in self._weights for key in keys)
-
-    @property
-    def shared_with_other_processes(self) -> bool:
-        """Whether other processes hold shards of the model, too."""
-        return jax.process_count() > 1
 
     def needs(self, leaf: Leaf, box: Box, devices: Collection[Any] | None = None) -> bool:
         """Whether a device holds any of a box; leaves that are not placed directly are needed whole.
@@ -158,6 +160,11 @@ class DirectPlacer:
             settle(wait=True)
             while unfinished:
                 self._complete(unfinished.popleft())
+
+    def replicate(self, names: Iterable[str]) -> None:
+        """Puts on every device the weights that took the usual way, when they are loaded; `names`: of parameters and buffers."""
+        for mesh in {weight.sharding.mesh for weight in self._weights.values()}:
+            replicate(self._model, names, mesh)
 
     @functools.cached_property
     def _entries(self) -> dict[str, LeafPlan]:

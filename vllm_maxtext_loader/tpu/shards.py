@@ -29,8 +29,8 @@ from vllm_maxtext_loader.tpu.columns import Run
 Starts = tuple[int, ...]
 Convert = Callable[[np.ndarray], np.ndarray]
 
-_CONVERTED_BYTES = 1 << 20
-"""Values are computed with in parts of this size, which stay in the processor's cache."""
+_CONVERTED_BYTES = 1 << 18
+"""Values are computed with in parts of this size: what is made of one on the way stays in the processor's cache."""
 
 
 class HostShard:
@@ -60,16 +60,13 @@ class HostShard:
             block: one axis per axis of the shard.
             starts: where it begins.
             scales: [experts in block], multiplied in; the result is rounded once.
-            convert: what is done to the values before, row by row.
+            convert: what is done to the values before, each by itself.
         """
         target = self._values[tuple(slice(a, a + n) for a, n in zip(starts, block.shape, strict=True))]
-        step = max(1, len(block))
-        if scales is not None or convert is not None or block.dtype != target.dtype:
-            step = max(1, _CONVERTED_BYTES // max(1, block[:1].nbytes))
-        for start in range(0, len(block), step):
-            rows = slice(start, start + step)
-            values = block[rows] if convert is None else convert(block[rows])
-            assign(target[rows], values if scales is None else fold_expert_scale(values, scales[rows]))
+        computed = scales is not None or convert is not None or block.dtype != target.dtype
+        for part in parts(block.shape, _CONVERTED_BYTES // block.itemsize if computed else block.size):
+            values = block[part] if convert is None else convert(block[part])
+            assign(target[part], values if scales is None else fold_expert_scale(values, scales[part[0]]))
 
     def settle(self) -> None:
         """Returns when what was written no longer needs the blocks' memory."""
@@ -200,6 +197,20 @@ def update(shard: jax.Array, block: jax.Array, starts: Starts, scales: Any) -> j
     if scales is not None:
         block = block.astype(jnp.float32) * scales[:, None, None]
     return jax.lax.dynamic_update_slice(shard, block.astype(shard.dtype), starts)
+
+
+def parts(shape: tuple[int, ...], size: int) -> Iterator[tuple[slice, slice]]:
+    """Cuts a block into parts of at most `size` values, along its first axis, and where that is not enough along the second.
+
+    Args:
+        shape: of the block, two axes or more.
+        size: number of values; a part is never less than one row of what comes after the second axis.
+    """
+    rest = max(1, math.prod(shape[2:]))
+    columns = max(1, min(shape[1], size // rest))
+    rows = max(1, size // (columns * rest)) if columns == shape[1] else 1
+    for row, column in itertools.product(range(0, shape[0], rows), range(0, shape[1], columns)):
+        yield slice(row, min(shape[0], row + rows)), slice(column, min(shape[1], column + columns))
 
 
 def blocks(
