@@ -25,7 +25,8 @@ def replicate(model: nn.Module, names: Iterable[str], mesh: Any) -> None:
 
     Args:
         model: all of whose weights have been loaded.
-        names: parameters and buffers; the engine still computes with others (an attention's scales) on the host.
+        names: parameters and buffers; the engine still computes with others (an attention's scales) on the host. Layers
+            that tpu-inference places in a way of their own (a second embedding) are left to it.
         mesh: the devices.
     """
     for name in names:
@@ -34,6 +35,8 @@ def replicate(model: nn.Module, names: Iterable[str], mesh: Any) -> None:
         # tpu-inference may have made something else of it by now, which then is on the devices.
         tensor = getattr(module, last, None)
         if not isinstance(tensor, torch.Tensor) or isinstance(tensor, torchax.tensor.Tensor):
+            continue
+        if getattr(module, "quant_method", None) is not None:
             continue
         # It says jax.Array; whatever JAX takes will do.
         values: Any = to_numpy(tensor.detach().contiguous())
