@@ -11,6 +11,7 @@ from conftest import FIXTURES
 from transformers import Gemma4Config
 
 from vllm_maxtext_loader.conversion.gemma4 import Dims
+from vllm_maxtext_loader.errors import ConfigMismatchError
 from vllm_maxtext_loader.hf_config import PRESETS, PUBLISHED_VOCAB, make_config, match_preset
 
 PUBLISHED: dict[str, dict[str, Any]] = json.loads((FIXTURES / "published.json").read_text())
@@ -58,6 +59,21 @@ def test_preset_has_the_published_dimensions(name: str) -> None:
     assert dims.vocab == PUBLISHED_VOCAB
     assert dataclasses.replace(dims, vision=None) == PRESETS[name].dims()
     assert match_preset(dims) == name
+
+
+def test_what_differs_is_named_in_words() -> None:
+    dims = published_dims("gemma4-26b")
+    layers = [
+        dataclasses.replace(layer, mlp=999) if index in (5, 7) else layer
+        for index, layer in enumerate(dims.layers)
+    ]
+    with pytest.raises(ConfigMismatchError) as raised:
+        make_config(dataclasses.replace(dims, layers=tuple(layers), hidden=2048), None, "here")
+    assert (
+        "here: these dimensions are no published Gemma 4's, so sliding window, rope and top-k are unknown. Nearest: "
+        "gemma4-26b, which differs in hidden size: 2048 (published 2816); layer 5: full attention, 2 KV heads of 512, "
+        "keys as values, MLP width 999 (published full attention, 2 KV heads of 512, keys as values, MLP width 2112). "
+    ) in str(raised.value)
 
 
 @pytest.mark.parametrize("name", PRESETS)

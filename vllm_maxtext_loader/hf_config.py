@@ -245,19 +245,28 @@ def choose_preset(dims: Dims, model_name: str | None, where: str) -> str:
 
 
 def _differences(found: Dims, published: Dims) -> list[str]:
-    pairs = {
+    pairs: dict[str, tuple[Any, Any]] = {
         "layers": (len(found.layers), len(published.layers)),
         "hidden size": (found.hidden, published.hidden),
         "heads": (found.heads, published.heads),
         "experts": (found.experts, published.experts),
         "expert width": (found.expert_mlp, published.expert_mlp),
-        "MLP width": (found.layers[0].mlp, published.layers[0].mlp),
-        "head dim": (found.layers[0].head_dim, published.layers[0].head_dim),
-        "KV heads": (found.layers[0].kv_heads, published.layers[0].kv_heads),
-        "last layer": (found.layers[-1], published.layers[-1]),
         "per-layer embedding width": (found.ple, published.ple),
     }
+    for index, (layer, wanted) in enumerate(zip(found.layers, published.layers, strict=False)):
+        if layer != wanted:
+            pairs[f"layer {index}"] = (_described(layer), _described(wanted))
+            break
     return [f"{name}: {a} (published {b})" for name, (a, b) in pairs.items() if a != b]
+
+
+def _described(layer: LayerDims) -> str:
+    """A layer in words."""
+    heads = "shared keys and values" if layer.kv_heads is None else f"{layer.kv_heads} KV heads"
+    return (
+        f"{'sliding-window' if layer.sliding else 'full'} attention, {heads} of {layer.head_dim}"
+        f"{', keys as values' if layer.k_eq_v else ''}, MLP width {layer.mlp}"
+    )
 
 
 def _text_fields(dims: Dims, preset: Preset) -> dict[str, Any]:

@@ -29,7 +29,8 @@ def replicate(model: nn.Module, names: Iterable[str], mesh: Any) -> None:
             that tpu-inference places in a way of their own (a second embedding) are left to it.
         mesh: the devices.
     """
-    for name in names:
+    # Sorted: where there are several processes, JAX compares what they give, and they must give it in the same order.
+    for name in sorted(names):
         prefix, _, last = name.rpartition(".")
         module = model.get_submodule(prefix)
         # tpu-inference may have made something else of it by now, which then is on the devices.
