@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tpu_inference.layers.common.process_weights.linear_weights import LinearWeights, process_linear_weights
 from tpu_inference.layers.common.process_weights.moe_weights import process_unquantized_moe_weights
@@ -103,21 +102,19 @@ def expert_runs(
     numbers = _numbered(dict(zip(leaves, widths, strict=True)))
     packed = np.concatenate(list(numbers.values()))
     inner = len(packed) // 2
-    down = jnp.arange(hidden * inner, dtype=jnp.int32).reshape(1, hidden, inner)
+    # NumPy's arrays: XLA would compile every one of JAX's operations on the way.
+    down: Any = np.arange(hidden * inner, dtype=np.int32).reshape(1, hidden, inner)
+    gates: Any = packed[None, :, None]
     made = process_unquantized_moe_weights(
         mesh=mesh,
         moe_backend=backend,
         activation=activation,
-        w13_weight=jnp.asarray(packed)[None, :, None],
+        w13_weight=gates,
         w13_bias=None,
         w2_weight=down,
         w2_bias=None,
     )
     w13, w2 = np.asarray(made.w13_weight), np.asarray(made.w2_weight)
-    if (
-        w13.ndim != 3
-        or w13.shape[:2] != (1, 1)
-        or not np.array_equal(w2, np.swapaxes(np.asarray(down), 1, 2))
-    ):
+    if w13.ndim != 3 or w13.shape[:2] != (1, 1) or not np.array_equal(w2, np.swapaxes(down, 1, 2)):
         return None
     return _runs(w13[0, 0], leaves, numbers), w13.shape[2]
