@@ -834,6 +834,9 @@ def _extend(owner: type, name: str, after: Callable[..., None]) -> None:
 
 def _check_device_count(vllm_config: Any) -> None:
     """Refuse in the user's process and at once, not a minute later in the log of the EngineCore."""
+    if jax.distributed.is_initialized():
+        # How many devices all processes have together is known when their backends have started.
+        return
     _require_devices(vllm_config.sharding_config.total_devices, requested_devices())
 
 

@@ -1,0 +1,104 @@
+"""One of several processes that make up one engine, as the hosts of a TPU slice do: each holds the shards of its own devices.
+
+    python host.py ADDRESS PROCESSES PROCESS JOBS.json ANSWERS.json
+
+A job: {"name", "model", "arguments": {…}}. Its engine loads and is then given up: what follows asks for a collective of the engine's own hosts (Ray).
+An answer: {"shards": {parameter: {device number: CRC-32C of its shard}}, "chunks": decoded by this process, "log"}.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import google_crc32c
+import jax
+import numpy as np
+import tensorstore
+from worker import COMMON, Records
+
+
+class Loaded(BaseException):
+    """Ends an engine's start."""
+
+
+def decoded_chunks() -> int:
+    """Chunks that TensorStore has decoded in this process, by its own count."""
+    metrics = tensorstore.experimental_collect_matching_metrics("/tensorstore/cache/chunk_cache/reads")
+    return sum(int(value["value"]) for metric in metrics for value in metric["values"])
+
+
+def join(address: str, processes: int, process: int) -> None:
+    """Joins the other processes."""
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(address, processes, process)
+    everywhere = jax.devices
+
+    def devices(backend: str | None = None) -> list[jax.Device]:
+        # The slice's devices are those of all processes. Its hosts' processors are not among them: "cpu" is what a process has
+        # for itself. tpu-inference relies on that (vllm_model_wrapper.py: jax.devices("cpu")[0]).
+        return everywhere() if backend is None else jax.local_devices(backend=backend)
+
+    vars(jax)["devices"] = devices
+
+
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    """Loads one model."""
+    from tpu_inference.models.vllm.vllm_model_wrapper import VllmModelWrapper
+    from vllm import LLM
+
+    answer: dict[str, Any] = {}
+    original = VllmModelWrapper.load_weights
+
+    def load_weights(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # What makes tpu-inference put arrays on the devices of several hosts. From the start it would ask for Ray.
+        os.environ["TPU_MULTIHOST_BACKEND"] = "ray"
+        before, numbers = decoded_chunks(), {device: index for index, device in enumerate(jax.devices())}
+        state, _ = original(self, *args, **kwargs)
+        answer["chunks"] = decoded_chunks() - before
+        answer["shards"] = {
+            name: {
+                numbers[shard.device]: google_crc32c.value(np.asarray(shard.data).tobytes())
+                for shard in array.addressable_shards
+            }
+            for name, array in state.items()
+        }
+        raise Loaded
+
+    records = Records()
+    logger = logging.getLogger("vllm.vllm_maxtext_loader")
+    logger.addHandler(records)
+    VllmModelWrapper.load_weights = load_weights
+    try:
+        LLM(model=job["model"], **COMMON, **job["arguments"])
+    except Loaded:
+        answer["log"] = records.lines
+    finally:
+        VllmModelWrapper.load_weights = original
+        logger.removeHandler(records)
+        os.environ.pop("TPU_MULTIHOST_BACKEND", None)
+    return answer
+
+
+def main() -> None:
+    """Runs all jobs."""
+    address, processes, process, jobs, answers = sys.argv[1:]
+    if int(processes) > 1:
+        join(address, int(processes), int(process))
+    found = {job["name"]: run(job) for job in json.loads(Path(jobs).read_text())}
+    Path(answers).write_text(json.dumps(found))
+    # An orderly end would wait for the others.
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
