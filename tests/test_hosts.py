@@ -79,9 +79,3 @@ def test_hosts_hold_together_what_one_holds(
         assert host[name]["shards"] == {
             parameter: {device: sums[device] for device in own} for parameter, sums in wanted.items()
         }
-
-
-def test_a_host_reads_its_own_experts_only(hosts: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:
-    alone, several = hosts
-    for host in several:
-        assert host["expert parallel"]["chunks"] < alone["expert parallel"]["chunks"]

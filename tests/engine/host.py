@@ -3,7 +3,7 @@
     python host.py ADDRESS PROCESSES PROCESS JOBS.json ANSWERS.json
 
 A job: {"name", "model", "arguments": {…}}. Its engine loads and is then given up: what follows asks for a collective of the engine's own hosts (Ray).
-An answer: {"shards": {parameter: {device number: CRC-32C of its shard}}, "chunks": decoded by this process, "log"}.
+An answer: {"shards": {parameter: {device number: CRC-32C of its shard}}, "log": […]}.
 """
 
 from __future__ import annotations
@@ -22,18 +22,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import google_crc32c
 import jax
 import numpy as np
-import tensorstore
 from worker import COMMON, Records
 
 
 class Loaded(BaseException):
     """Ends an engine's start."""
-
-
-def decoded_chunks() -> int:
-    """Chunks that TensorStore has decoded in this process, by its own count."""
-    metrics = tensorstore.experimental_collect_matching_metrics("/tensorstore/cache/chunk_cache/reads")
-    return sum(int(value["value"]) for metric in metrics for value in metric["values"])
 
 
 def join(address: str, processes: int, process: int) -> None:
@@ -61,9 +54,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     def load_weights(self: Any, *args: Any, **kwargs: Any) -> Any:
         # What makes tpu-inference put arrays on the devices of several hosts. From the start it would ask for Ray.
         os.environ["TPU_MULTIHOST_BACKEND"] = "ray"
-        before, numbers = decoded_chunks(), {device: index for index, device in enumerate(jax.devices())}
+        numbers = {device: index for index, device in enumerate(jax.devices())}
         state, _ = original(self, *args, **kwargs)
-        answer["chunks"] = decoded_chunks() - before
         answer["shards"] = {
             name: {
                 numbers[shard.device]: google_crc32c.value(np.asarray(shard.data).tobytes())
