@@ -56,8 +56,9 @@ def demo(max_tokens: int) -> None:
     """The main job on a checkpoint that MaxText wrote: 12 random layers with 8 experts, so the words mean nothing."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from tiny_tokenizer import write_tokenizer
     from vllm import LLM, SamplingParams
+
+    from tiny_tokenizer import write_tokenizer
 
     with tempfile.TemporaryDirectory() as directory:
         # Its dimensions are no published Gemma 4's, so the configuration is given; a real model needs none.

@@ -1,11 +1,9 @@
-"""Shared by all tests: the checkpoints MaxText wrote, their Hugging Face twins, and damaged copies of both."""
+"""Fixtures shared by all tests: Hugging Face twins of the checkpoints, and damaged copies of both."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib.util
-import json
 import os
 import shutil
 import sys
@@ -15,14 +13,13 @@ from typing import Any
 
 import pytest
 
+from support.checkpoints import FIXTURES, Tree, cases, read_orbax, write_orbax
 from vllm_maxtext_loader.plugin import CPU_ENVIRONMENT
 
 # Orbax, which writes test checkpoints, imports jax; without this it would look for a TPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 for _name, _value in CPU_ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
-
-FIXTURES = Path(__file__).parent / "fixtures"
 
 
 def _load(name: str) -> Any:
@@ -33,36 +30,6 @@ def _load(name: str) -> Any:
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A checkpoint that MaxText wrote.
-
-    Attributes:
-        name: directory under tests/fixtures.
-        facts: its case.json.
-    """
-
-    name: str
-    facts: dict[str, Any]
-
-    @property
-    def items(self) -> Path:
-        """The item directory."""
-        return FIXTURES / self.name / self.facts["items"]
-
-    @property
-    def twin_config(self) -> Path:
-        """Directory of the twin's config.json."""
-        return FIXTURES / "hf" / self.facts["twin"]
-
-
-@functools.cache
-def cases() -> dict[str, Case]:
-    """All fixtures by name."""
-    found = sorted(FIXTURES.glob("*/case.json"))
-    return {path.parent.name: Case(path.parent.name, json.loads(path.read_text())) for path in found}
 
 
 @pytest.fixture(scope="session")
@@ -90,34 +57,6 @@ def copy_case(tmp_path: Path) -> Callable[[str], Path]:
         return Path(shutil.copytree(FIXTURES / name, tmp_path / name))
 
     return make
-
-
-Tree = dict[str, Any]
-
-
-def read_orbax(items: Path) -> Tree:
-    """A checkpoint's whole tree, restored by Orbax itself."""
-    import orbax.checkpoint as ocp
-
-    handler = ocp.PyTreeCheckpointHandler()
-    metadata = handler.metadata(items)
-    import jax
-    import numpy as np
-
-    restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata.tree)
-    return handler.restore(items, args=ocp.args.PyTreeRestore(restore_args=restore_args))
-
-
-def write_orbax(
-    step: Path, tree: Tree, *, item: str = "items", ocdbt: bool = True, zarr3: bool = True
-) -> Path:
-    """Writes a step the way MaxText does, by Orbax itself; returns the item directory."""
-    import orbax.checkpoint as ocp
-
-    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=ocdbt, use_zarr3=zarr3)
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**{item: handler})) as checkpointer:
-        checkpointer.save(step, args=ocp.args.Composite(**{item: ocp.args.PyTreeSave(tree)}))
-    return step / item
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorstore
-from conftest import Case, Tree, cases, read_orbax, write_orbax
 
+from support.checkpoints import Case, Tree, cases, read_orbax, write_orbax
 from vllm_maxtext_loader import open_checkpoint
 
 torch = pytest.importorskip("torch")

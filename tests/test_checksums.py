@@ -9,17 +9,16 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import gcs
 import google_crc32c
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import FIXTURES
-from damage import biggest, flip, pieces, without_database
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_gcs import assert_once
 
+from support import gcs
+from support.checkpoints import FIXTURES
+from support.damage import biggest, flip, pieces, without_database
 from vllm_maxtext_loader import checksums, errors, open_checkpoint
 from vllm_maxtext_loader.api import Checkpoint
 from vllm_maxtext_loader.checkpoint.reader import Piece, boxes
@@ -122,7 +121,7 @@ def test_no_extra_read_from_a_bucket(sums: Path) -> None:
             checkpoint = open_checkpoint(f"gs://{gcs.BUCKET}/sums")
             proxy.clear()
             read(checkpoint)
-            assert_once(proxy)
+            gcs.assert_once(proxy)
             counts.append(proxy.counts())
         assert counts[0] == counts[1]
 

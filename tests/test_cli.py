@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import cases
 from typer.testing import CliRunner, Result
 
+from support.checkpoints import cases
 from vllm_maxtext_loader.cli import app
 
 Twin = Callable[[str], Path]

@@ -6,67 +6,32 @@ value. All ways of loading (straight to the device, by the host or by the device
 
 Truth number three: what it says is what transformers says in float32.
 
-One process starts all engines of a device count (see engine/worker.py); the tests read what it wrote down.
+One process starts all engines of a device count (see support/engine_worker.py); the tests read what it wrote down.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import FIXTURES, cases
+
+from support.checkpoints import FIXTURES, cases
+from support.engine import PROMPTS, bound, distance, read_config, reference_logprobs, run_jobs, vocabulary
 
 pytest.importorskip("tpu_inference")
 torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.engine
 
-WORKER = Path(__file__).parent / "engine" / "worker.py"
 PARALLEL = {
     "moe_v2": ["1", "2", "4", "8", "4-ep", "8-ep"],
     "dense_v2": ["8"],
     "e2b": ["4"],
 }
 """Tensor parallel sizes per checkpoint; -ep with expert parallelism."""
-
-PROMPTS = [
-    [2, 7, 11, 13],
-    # Longer than the sliding window of 16 tokens, and than two of them.
-    [2] + [(7 * i + 3) % 250 for i in range(23)],
-    [2] + [(11 * i + 5) % 250 for i in range(59)],
-]
-
-
-def run_jobs(jobs: list[dict[str, Any]], directory: Path, devices: int) -> dict[str, Any]:
-    """Runs engines in a process of their own with `devices` JAX devices."""
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "jobs.json").write_text(json.dumps(jobs))
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        # Without a TPU the default KV cache would be as large as the machine's memory allows.
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-    }
-    environment.pop("MODEL_IMPL_TYPE", None)
-    with (directory / "log.txt").open("w") as log:
-        subprocess.run(
-            [sys.executable, str(WORKER), str(directory / "jobs.json"), str(directory / "answers.json")],
-            env=environment,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            check=False,
-        )
-    answers = json.loads((directory / "answers.json").read_text())
-    if len(answers) < len(jobs):
-        pytest.fail(f"the engines' process died: {(directory / 'log.txt').read_text()[-3000:]}")
-    return answers
 
 
 def parallel_ids() -> list[str]:
@@ -228,48 +193,6 @@ def spoken(twin: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
     return run_jobs(jobs, tmp_path_factory.mktemp("spoken"), devices=1)
 
 
-def reference_logprobs(directory: Path, change: Callable[[Any], None] | None = None) -> list[np.ndarray]:
-    """Log-probs of the next token after each prompt: transformers, float32, on the twin."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    with torch.no_grad():
-        if change is not None:
-            change(model)
-        return [model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1).numpy() for prompt in PROMPTS]
-
-
-def distance(said: list[dict[str, float]], reference: list[np.ndarray]) -> float:
-    """Root mean square difference of log-probs over the whole vocabulary and all prompts."""
-    squares = [
-        (logprob - expected[int(token)]) ** 2
-        for answer, expected in zip(said, reference, strict=True)
-        for token, logprob in answer.items()
-    ]
-    return math.sqrt(sum(squares) / len(squares))
-
-
-def bound(layers: int, spread: float) -> float:
-    """What bfloat16 explains of the distance to float32.
-
-    A bfloat16 rounding is off by at most 2**-9 of the value, by 2**-9/sqrt(3) in the root mean square. Each layer rounds its
-    residual stream, its attention, its MLP and (in a mixture) its experts: about a dozen roundings a layer that reach the
-    output, independent of one another, so that their squares add up. Relative to logits of the given spread (standard
-    deviation) this is spread * 2**-9 / sqrt(3) * sqrt(12 * layers); times 4, because errors of early layers are amplified
-    on their way by the norms and by attention.
-    """
-    return 4 * spread * 2**-9 / math.sqrt(3) * math.sqrt(12 * layers)
-
-
-def _config(directory: Path) -> dict[str, Any]:
-    return json.loads((directory / "config.json").read_text())
-
-
-def vocabulary(directory: Path) -> int:
-    """Number of tokens of a text model."""
-    return _config(directory)["vocab_size"]
-
-
 @pytest.mark.parametrize("name", SPOKEN)
 def test_logprobs_are_transformers_float32(
     spoken: dict[str, Any], twin: Callable[[str], Path], name: str
@@ -278,7 +201,7 @@ def test_logprobs_are_transformers_float32(
     assert "error" not in answer, answer.get("traceback")
     reference = reference_logprobs(twin(name))
     limit = bound(
-        _config(twin(name))["num_hidden_layers"], float(np.mean([np.std(row) for row in reference]))
+        read_config(twin(name))["num_hidden_layers"], float(np.mean([np.std(row) for row in reference]))
     )
     assert {len(row) for row in answer["logprobs"]} == {vocabulary(twin(name))}
     assert distance(answer["logprobs"][: len(PROMPTS)], reference) < limit
@@ -290,7 +213,7 @@ def test_logprobs_are_maxtexts_own(spoken: dict[str, Any], twin: Callable[[str],
     golden = np.load(FIXTURES / name / "golden.npz")
     reference = [golden["log_probs"][length - 1] for length in GOLDEN_LENGTHS]
     limit = bound(
-        _config(twin(name))["num_hidden_layers"], float(np.mean([np.std(row) for row in reference]))
+        read_config(twin(name))["num_hidden_layers"], float(np.mean([np.std(row) for row in reference]))
     )
     assert distance(spoken[name]["logprobs"][len(PROMPTS) :], reference) < limit
 
@@ -326,7 +249,7 @@ def test_bound_catches_mistakes(
     """The reference with one mistake in it is further from the engine than the bound allows."""
     reference = reference_logprobs(twin("moe_v2"))
     limit = bound(
-        _config(twin("moe_v2"))["num_hidden_layers"], float(np.mean([np.std(row) for row in reference]))
+        read_config(twin("moe_v2"))["num_hidden_layers"], float(np.mean([np.std(row) for row in reference]))
     )
     said = spoken["moe_v2"]["logprobs"][: len(PROMPTS)]
     assert distance(said, reference_logprobs(twin("moe_v2"), mistake)) > limit
@@ -337,7 +260,7 @@ def test_unfolded_scale_is_lost_on_tpu_inference(spoken: dict[str, Any], twin: C
     reference = reference_logprobs(twin("moe_v2"))
     without = reference_logprobs(twin("moe_v2"), _forget_expert_scale)
     limit = bound(
-        _config(twin("moe_v2"))["num_hidden_layers"], float(np.mean([np.std(row) for row in reference]))
+        read_config(twin("moe_v2"))["num_hidden_layers"], float(np.mean([np.std(row) for row in reference]))
     )
 
     def distances(model: list[np.ndarray]) -> list[float]:

@@ -10,18 +10,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gcs
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import FIXTURES, cases, read_orbax, write_orbax
-from damage import biggest, cut
-from test_engine import PROMPTS, bound, distance, reference_logprobs, run_jobs, vocabulary
 
+from support import gcs
+from support.checkpoints import FIXTURES, cases, read_orbax, write_orbax
+from support.damage import biggest, cut
+from support.engine import PROMPTS, bound, distance, reference_logprobs, run_jobs, vocabulary
 from vllm_maxtext_loader import checksums, open_checkpoint
 
 pytest.importorskip("tpu_inference")
 pytest.importorskip("torch")
+pytestmark = pytest.mark.engine
 
 MOE = "moe_v2"
 TEXT, MULTIMODAL = "moe_zarr2", "moe_mm"

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Tree, cases
 
 import vllm_maxtext_loader.export as export_module
 import vllm_maxtext_loader.safetensors_files as files_module
+from support.checkpoints import Tree, cases
 from vllm_maxtext_loader import MaxTextLoadError, open_checkpoint
 from vllm_maxtext_loader.errors import ConfigMismatchError, HuggingFaceDirectoryError, ReadError
 from vllm_maxtext_loader.export import export, parse_size, split

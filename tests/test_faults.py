@@ -15,12 +15,11 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import gcs
 import pytest
-from conftest import FIXTURES
-from damage import biggest, cut, flip, pieces, unprivileged, without_database
-from test_gcs import LOAD
 
+from support import gcs
+from support.checkpoints import FIXTURES
+from support.damage import biggest, cut, flip, pieces, unprivileged, without_database
 from vllm_maxtext_loader import errors, open_checkpoint
 
 LIMIT = 2.0
@@ -370,7 +369,7 @@ def test_slow_network_is_no_fault(remote: Remote) -> None:
     variables = {"VLLM_MAXTEXT_TIMEOUT": str(LIMIT + 1)}
     started = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-c", LOAD, remote.url],
+        [sys.executable, "-c", gcs.LOAD, remote.url],
         env=os.environ | variables,
         capture_output=True,
         text=True,

@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import FIXTURES, cases
-from damage import without_database
-from fuzz_inputs import DIRECTORIES, changed, damaged_bytes, damaged_json, invented
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from support.checkpoints import FIXTURES, cases
+from support.damage import without_database
+from support.fuzz_inputs import DIRECTORIES, changed, damaged_bytes, damaged_json, invented
 from vllm_maxtext_loader import MaxTextLoadError, checksums, errors, open_checkpoint
 from vllm_maxtext_loader.api import Checkpoint
 from vllm_maxtext_loader.checkpoint.location import locate

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import os
 import shutil
 import subprocess
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import gcs
 import numpy as np
 import pytest
-from conftest import FIXTURES, cases
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
-from damage import pieces, without_database
 
+from support import gcs
+from support.checkpoints import FIXTURES, cases
+from support.damage import pieces, without_database
 from vllm_maxtext_loader import open_checkpoint
 from vllm_maxtext_loader.api import Checkpoint
 
@@ -86,7 +85,7 @@ def test_same_tensors_and_nothing_twice(run: tuple[str, Path], proxy: gcs.Proxy)
     )
     # Small chunks lie inside the database's B-tree and need no request of their own.
     assert proxy.counts()["read"] <= chunks if tree.ocdbt else proxy.counts()["read"] == chunks
-    assert_once(proxy)
+    gcs.assert_once(proxy)
 
 
 def test_whole_load_as_vllm_does_it(proxy: gcs.Proxy) -> None:
@@ -98,14 +97,14 @@ def test_whole_load_as_vllm_does_it(proxy: gcs.Proxy) -> None:
         checkpoint = with_config(checkpoint, "dense_v2") if configured else checkpoint
         names = [name for name, _ in checkpoint.hf_weights()]
         assert len(names) == len(checkpoint.plan.targets)
-        assert_once(proxy)
+        gcs.assert_once(proxy)
         proxy.clear()
 
 
 def test_small_read_budget_reads_nothing_twice(proxy: gcs.Proxy) -> None:
     gcs.shared()[0].upload(FIXTURES / "moe_v2/checkpoints", gcs.BUCKET, "budget/")
     pieces(open_checkpoint(f"gs://{gcs.BUCKET}/budget", concurrent_gib=1e-6))
-    assert_once(proxy)
+    gcs.assert_once(proxy)
 
 
 def test_newest_and_wanted_step(proxy: gcs.Proxy, copy_case: Callable[[str], Path]) -> None:
@@ -118,23 +117,13 @@ def test_newest_and_wanted_step(proxy: gcs.Proxy, copy_case: Callable[[str], Pat
     assert open_checkpoint(url, step=0).location.items.url == f"{url}/0/items"
 
 
-LOAD = """
-import logging, sys
-logging.basicConfig(level=logging.DEBUG)
-from vllm_maxtext_loader import open_checkpoint
-from vllm_maxtext_loader.checkpoint.reader import read_pieces
-tree = open_checkpoint(sys.argv[1]).tree
-print(len(list(read_pieces(tree.leaves.values(), tree.arrays, 1 << 28, sys.argv[1]))))
-"""
-
-
 def load_elsewhere(url: str, proxy: gcs.Proxy, **variables: str) -> subprocess.CompletedProcess[str]:
     """A load in a process of its own: Google's client finds credentials as it would outside of tests."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("GOOGLE_", "STORAGE_"))}
     # An endpoint, unlike an emulator, is given credentials.
     kept |= {"API_ENDPOINT_OVERRIDE": proxy.url, "TENSORSTORE_GCS_HTTP_URL": proxy.url, **variables}
     return subprocess.run(
-        [sys.executable, "-c", LOAD, url], env=kept, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", gcs.LOAD, url], env=kept, capture_output=True, text=True, timeout=120
     )
 
 
@@ -182,15 +171,3 @@ def test_service_account_and_no_secret_in_logs(proxy: gcs.Proxy, tmp_path: Path)
     assert "private/0/items/_METADATA: cannot read: HTTP 503" in said
     assert "SECRET" not in said
     assert pem.decode().splitlines()[1] not in said
-
-
-def assert_once(proxy: gcs.Proxy) -> None:
-    """No byte of any object was sent twice."""
-    ranges: dict[str, list[tuple[int, float]]] = defaultdict(list)
-    for request in proxy.reads():
-        start, _, end = request.span.removeprefix("bytes=").partition("-")
-        ranges[request.name].append((int(start or 0), int(end) if end else math.inf))
-    for name, spans in ranges.items():
-        spans.sort()
-        for (_, end), (start, _) in itertools.pairwise(spans):
-            assert start > end, f"{name}: {spans}"

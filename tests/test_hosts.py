@@ -10,13 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gcs
 import pytest
-from conftest import cases
+
+from support import gcs
+from support.checkpoints import cases
 
 pytest.importorskip("tpu_inference")
+pytestmark = pytest.mark.engine
 
-HOST = Path(__file__).parent / "engine" / "host.py"
+HOST = Path(__file__).parent / "support" / "engine_host.py"
 CASE = "moe_v2"
 DEVICES = 4
 SETTINGS = {"tensor parallel": False, "expert parallel": True}

@@ -15,12 +15,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import cases
-from test_engine import bound, distance, run_jobs
+
+from support.checkpoints import cases
+from support.engine import bound, distance, run_jobs
 from tiny_tokenizer import write_tokenizer
 
 pytest.importorskip("tpu_inference")
 torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.engine
 
 CASE = "moe_mm"
 SOFT_TOKENS = 70

@@ -11,9 +11,9 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import Tree, cases
 from rich.console import Console
 
+from support.checkpoints import Tree, cases
 from vllm_maxtext_loader.checkpoint.tree import Leaf
 from vllm_maxtext_loader.errors import CheckpointNotFoundError
 from vllm_maxtext_loader.inspect_checkpoint import container_of, count_chunks, inspect_checkpoint

@@ -10,11 +10,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import gcs
 import pytest
-from conftest import FIXTURES
-from damage import CASE, Place, unprivileged
 
+from support import gcs
+from support.checkpoints import FIXTURES
+from support.damage import CASE, Place, unprivileged
 from vllm_maxtext_loader import errors
 from vllm_maxtext_loader.checkpoint.location import (
     COMMIT_FILE,

@@ -7,15 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gcs
 import pytest
-from conftest import cases
-from damage import pieces
 
+from support import gcs
+from support.checkpoints import cases
+from support.damage import pieces
 from vllm_maxtext_loader import open_checkpoint
 from vllm_maxtext_loader.conversion.layout import describe
 
-WRITER = Path(__file__).with_name("multiprocess_writer.py")
+WRITER = Path(__file__).parent / "support" / "multiprocess_writer.py"
 PROCESSES = 2
 DEVICES = 2
 """Per process."""
@@ -30,11 +30,10 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("multiprocess") / "run"
     run.mkdir()
     address = f"127.0.0.1:{gcs.free_port()}"
-    tests = [str(WRITER.parent), str(WRITER.parents[1] / "examples")]
     environment = {
         **os.environ,
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}",
-        "PYTHONPATH": os.pathsep.join(tests),
+        "PYTHONPATH": os.pathsep.join([str(WRITER.parents[1]), os.environ.get("PYTHONPATH", "")]),
     }
     processes = [
         subprocess.Popen(

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import cases
+
+from support.checkpoints import cases
 from tiny_tokenizer import write_tokenizer
 
 pytest.importorskip("vllm")

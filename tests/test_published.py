@@ -7,9 +7,9 @@ import json
 from typing import Any
 
 import pytest
-from conftest import FIXTURES
 from transformers import Gemma4Config
 
+from support.checkpoints import FIXTURES
 from vllm_maxtext_loader.conversion.gemma4 import Dims
 from vllm_maxtext_loader.errors import ConfigMismatchError
 from vllm_maxtext_loader.hf_config import PRESETS, PUBLISHED_VOCAB, make_config, match_preset

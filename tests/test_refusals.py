@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Tree, cases, write_orbax
 
+from support.checkpoints import Tree, cases, write_orbax
 from vllm_maxtext_loader import MaxTextLoadError, open_checkpoint
 from vllm_maxtext_loader.errors import (
     ConfigMismatchError,

@@ -18,16 +18,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import gcs
 import pytest
-from conftest import FIXTURES, cases
-from test_engine import bound
-from tiny_tokenizer import write_tokenizer
 
+from support import gcs
+from support.checkpoints import FIXTURES, cases
+from support.engine import bound
+from tiny_tokenizer import write_tokenizer
 from vllm_maxtext_loader import open_checkpoint
 
 pytest.importorskip("tpu_inference")
 torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.engine
 
 CASE = "dense_v2"
 START_SECONDS = 900

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import cases
 
+from support.checkpoints import cases
 from vllm_maxtext_loader import MaxTextLoadError, open_checkpoint
 from vllm_maxtext_loader.errors import ConfigMismatchError, HuggingFaceDirectoryError
 from vllm_maxtext_loader.hf_directory import canonical, read_hf_directory

@@ -10,10 +10,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import gcs
 import tensorstore as ts
-from conftest import FIXTURES
 
+from support import gcs
+from support.checkpoints import FIXTURES
 from vllm_maxtext_loader.api import Checkpoint
 from vllm_maxtext_loader.checkpoint.reader import Piece, read_pieces
 

@@ -12,16 +12,20 @@ import contextlib
 import functools
 import http.client
 import importlib.util
+import itertools
 import json
+import math
 import os
 import subprocess
 import time
 import urllib.parse
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 import tensorstore
-from gcs_proxy import Fault, Proxy, Request, free_port
+
+from support.gcs_proxy import Fault, Proxy, Request, free_port
 
 __all__ = ["BUCKET", "Fault", "Proxy", "Request", "Server", "environment", "free_port", "shared"]
 
@@ -175,3 +179,25 @@ def shared() -> tuple[Server, Proxy]:
     server.make_bucket(BUCKET)
     atexit.register(server.stop)
     return server, Proxy(server.port)
+
+
+LOAD = """
+import logging, sys
+logging.basicConfig(level=logging.DEBUG)
+from vllm_maxtext_loader import open_checkpoint
+from vllm_maxtext_loader.checkpoint.reader import read_pieces
+tree = open_checkpoint(sys.argv[1]).tree
+print(len(list(read_pieces(tree.leaves.values(), tree.arrays, 1 << 28, sys.argv[1]))))
+"""
+
+
+def assert_once(proxy: Proxy) -> None:
+    """No byte of any object was sent twice."""
+    ranges: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    for request in proxy.reads():
+        start, _, end = request.span.removeprefix("bytes=").partition("-")
+        ranges[request.name].append((int(start or 0), int(end) if end else math.inf))
+    for name, spans in ranges.items():
+        spans.sort()
+        for (_, end), (start, _) in itertools.pairwise(spans):
+            assert start > end, f"{name}: {spans}"

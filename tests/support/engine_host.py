@@ -1,6 +1,6 @@
 """One of several processes that make up one engine, as the hosts of a TPU slice do: each holds the shards of its own devices.
 
-    python host.py ADDRESS PROCESSES PROCESS JOBS.json ANSWERS.json
+    python engine_host.py ADDRESS PROCESSES PROCESS JOBS.json ANSWERS.json
 
 A job: {"name", "model", "arguments": {…}}. Its engine loads and is then given up: what follows asks for a collective of the engine's own hosts (Ray).
 An answer: {"shards": {parameter: {device number: CRC-32C of its shard}}}.
@@ -22,7 +22,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import google_crc32c
 import jax
 import numpy as np
-from worker import COMMON
+from engine_worker import COMMON
 
 
 class Loaded(BaseException):

@@ -3,7 +3,7 @@
 Starting Python, vLLM and JAX costs more than loading a tiny model, and the number of JAX devices is fixed per process; so
 one process starts many engines, one after the other. The tests run this file and read its answer.
 
-    python worker.py JOBS.json ANSWERS.json
+    python engine_worker.py JOBS.json ANSWERS.json
 
 A job: {"name", "model", "arguments": {…}, "environment": {…}, "prompts": [[token ids]], "images": [path], "vocab_size": n, "keep_state": bool,
 "compare": name, "folded": bool, "forget": name}. `compare` is an earlier job whose state was kept, until a job says `forget`. Where there

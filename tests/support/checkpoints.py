@@ -1,0 +1,69 @@
+"""The checkpoints MaxText wrote (tests/fixtures), and trees that Orbax itself reads and writes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A checkpoint that MaxText wrote.
+
+    Attributes:
+        name: directory under tests/fixtures.
+        facts: its case.json.
+    """
+
+    name: str
+    facts: dict[str, Any]
+
+    @property
+    def items(self) -> Path:
+        """The item directory."""
+        return FIXTURES / self.name / self.facts["items"]
+
+    @property
+    def twin_config(self) -> Path:
+        """Directory of the twin's config.json."""
+        return FIXTURES / "hf" / self.facts["twin"]
+
+
+@functools.cache
+def cases() -> dict[str, Case]:
+    """All fixtures by name."""
+    found = sorted(FIXTURES.glob("*/case.json"))
+    return {path.parent.name: Case(path.parent.name, json.loads(path.read_text())) for path in found}
+
+
+Tree = dict[str, Any]
+
+
+def read_orbax(items: Path) -> Tree:
+    """A checkpoint's whole tree, restored by Orbax itself."""
+    import orbax.checkpoint as ocp
+
+    handler = ocp.PyTreeCheckpointHandler()
+    metadata = handler.metadata(items)
+    import jax
+    import numpy as np
+
+    restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata.tree)
+    return handler.restore(items, args=ocp.args.PyTreeRestore(restore_args=restore_args))
+
+
+def write_orbax(
+    step: Path, tree: Tree, *, item: str = "items", ocdbt: bool = True, zarr3: bool = True
+) -> Path:
+    """Writes a step the way MaxText does, by Orbax itself; returns the item directory."""
+    import orbax.checkpoint as ocp
+
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=ocdbt, use_zarr3=zarr3)
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**{item: handler})) as checkpointer:
+        checkpointer.save(step, args=ocp.args.Composite(**{item: ocp.args.PyTreeSave(tree)}))
+    return step / item
