@@ -22,8 +22,9 @@ def main(address: str, processes: int, process: int, source: Path, target: Path)
     jax.distributed.initialize(address, processes, process)
     import numpy as np
     import orbax.checkpoint as ocp
-    from support.checkpoints import read_orbax
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    from support.checkpoints import read_orbax
 
     mesh = Mesh(np.array(jax.devices()), ("fsdp",))
 
