@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 from support.checkpoints import FIXTURES, Tree, cases, read_orbax, write_orbax
-from vllm_maxtext_loader.plugin import CPU_ENVIRONMENT
+from vllm_maxtext_loader import cpu_kernels
 
 # Orbax, which writes test checkpoints, imports jax; without this it would look for a TPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-for _name, _value in CPU_ENVIRONMENT.items():
+for _name, _value in cpu_kernels.ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
 
 

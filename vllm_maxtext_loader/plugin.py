@@ -1,90 +1,152 @@
-"""The `vllm.general_plugins` entry point: what is registered in vLLM, when, and in which process.
+"""The `vllm.general_plugins` entry point: what is patched in vLLM and tpu-inference, and when.
 
-vLLM calls `register()` in the front end, in the EngineCore and in every worker, for every model. It must therefore
-cost nothing: it imports neither jax nor Orbax, and no part of vLLM that is not there yet. What has to be told to a
-module of vLLM or tpu-inference is told when that module is imported (wrapt's post-import hooks):
+vLLM calls `register()` in the front end, in the EngineCore and in every worker, for every model. It imports nothing
+but wrapt and the standard library. Each patch is applied when its module is imported:
 
-| module                                  | what happens                                                        |
-|-----------------------------------------|---------------------------------------------------------------------|
-| vllm.engine.arg_utils                   | EngineArgs learns that `model` may be a MaxText checkpoint (`engine`) |
-| vllm.model_executor.model_loader        | the load format `maxtext` is registered (`loader`)                   |
-| tpu_inference.models.common.model_loader | for this load format, "auto" means vLLM's own model (`tpu`)           |
-| tpu_inference.platforms.tpu_platform    | only with JAX_PLATFORMS=cpu: reference kernels (`cpu_reference`)      |
+| module                                   | what changes                                                           |
+|------------------------------------------|------------------------------------------------------------------------|
+| vllm.engine.arg_utils                    | for `maxtext`, `model` may be a MaxText checkpoint (`engine`)          |
+| vllm.model_executor.model_loader         | the load format `maxtext` exists (`loader`)                            |
+| tpu_inference.models.common.model_loader | for `maxtext`, MODEL_IMPL_TYPE=auto means vLLM's own model (`tpu`)     |
+| tpu_inference.platforms.tpu_platform     | with JAX_PLATFORMS=cpu only: reference kernels (`cpu_kernels`)         |
 
-Nothing changes for other load formats; with JAX_PLATFORMS=cpu the reference kernels serve all of them, since none
-would run there without.
+A patch that fails is logged as one error and leaves its module as it was; `maxtext` then refuses to load.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import os
+import functools
+import logging
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import wrapt
 
+from vllm_maxtext_loader import cpu_kernels, versions
+from vllm_maxtext_loader.errors import EngineError
+
+logger = logging.getLogger("vllm." + __name__)
+
 LOAD_FORMAT = "maxtext"
 
-CPU_ENVIRONMENT: dict[str, str] = {
-    # tpu-inference looks for a TPU and asks Google's metadata server about it, unless told (tpu_info.py).
-    "TPU_ACCELERATOR_TYPE": "v6e-1",
-    "TPU_NAME": "cpu",
-    "TPU_WORKER_ID": "0",
-    "TPU_SKIP_MDS_QUERY": "1",
-    # Compiling every padded batch size ahead takes minutes (runner/compilation_manager.py).
-    "SKIP_JAX_PRECOMPILE": "1",
-}
-"""Defaults that spare tpu-inference 0.32 a search for a TPU on a machine without one."""
-
 _registered = False
+_failures: list[str] = []
+"""Sentences about patches that could not be applied in this process."""
 
 
 def register() -> None:
-    """Tells vLLM about the load format; safe to call any number of times."""
+    """Registers the load format; safe to call any number of times.
+
+    With a vLLM or tpu-inference that this package does not know, only a stub is registered, which refuses `maxtext`
+    with a sentence. Nothing else is patched then.
+    """
     global _registered
     if _registered:
         return
     _registered = True
-    wrapt.register_post_import_hook(_on_arg_utils, "vllm.engine.arg_utils")
-    wrapt.register_post_import_hook(_on_model_loader, "vllm.model_executor.model_loader")
-    wrapt.register_post_import_hook(_on_tpu_model_loader, "tpu_inference.models.common.model_loader")
-    if jax_on_cpu():
-        prepare_cpu_environment()
-        wrapt.register_post_import_hook(_on_tpu_platform, "tpu_inference.platforms.tpu_platform")
+    if (reason := versions.unsupported()) is not None:
+        _failures.append(reason)
+    _on_import("vllm.engine.arg_utils", _patch_engine_args)
+    _on_import("vllm.model_executor.model_loader", _register_load_format)
+    if reason is not None:
+        return
+    _on_import("tpu_inference.models.common.model_loader", _patch_model_choice)
+    if cpu_kernels.are_wanted():
+        cpu_kernels.prepare_environment()
+        _on_import("tpu_inference.platforms.tpu_platform", _install_cpu_kernels)
 
 
-def prepare_cpu_environment() -> None:
-    """Sets the variables of `CPU_ENVIRONMENT` that the user has not set; child processes inherit them."""
-    for name, value in CPU_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+def is_maxtext(engine_args: Any) -> bool:
+    """Whether an EngineArgs asks for this load format."""
+    return str(engine_args.load_format).lower() == LOAD_FORMAT
 
 
-def jax_on_cpu() -> bool:
-    """Whether tpu-inference is installed and jax was told to use the CPU."""
-    platforms = os.environ.get("JAX_PLATFORMS", "").lower().split(",")
-    return platforms == ["cpu"] and importlib.util.find_spec("tpu_inference") is not None
+def check_patches() -> None:
+    """Refuses to serve with a vLLM that could not be patched.
+
+    Raises:
+        EngineError: an unknown version, or a patch that failed.
+    """
+    if _failures:
+        raise EngineError(" ".join(_failures))
 
 
-def _on_arg_utils(module: ModuleType) -> None:
-    from vllm_maxtext_loader.engine import wrap_engine_args
+def _on_import(name: str, patch: Callable[[ModuleType], None]) -> None:
+    """Applies a patch when a module is imported, or at once where it has been."""
 
-    wrap_engine_args(module.EngineArgs)
+    def guarded(module: ModuleType) -> None:
+        # An exception here would break the import of vLLM's or tpu-inference's module, for every load format.
+        try:
+            patch(module)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            _failures.append(
+                f"vllm-maxtext-loader could not extend {name} ({reason}). Install vllm-tpu=={versions.SUPPORTED}.0."
+            )
+            logger.error(
+                "vllm-maxtext-loader could not extend %s: --load-format maxtext will not work, other load formats "
+                "are not affected (%s).",
+                name,
+                reason,
+            )
+
+    wrapt.register_post_import_hook(guarded, name)
 
 
-def _on_model_loader(module: ModuleType) -> None:
-    from vllm_maxtext_loader.loader import MaxTextModelLoader
+def _patch_engine_args(module: ModuleType) -> None:
+    """Lets EngineArgs prepare a checkpoint for `maxtext`; any other load format goes to vLLM's own methods, untouched."""
+    engine_args = module.EngineArgs
+    create_engine_config = engine_args.create_engine_config
+    create_model_config = engine_args.create_model_config
 
-    module.register_model_loader(LOAD_FORMAT)(MaxTextModelLoader)
+    @functools.wraps(create_engine_config)
+    def engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_maxtext(self):
+            check_patches()
+            from vllm_maxtext_loader import engine
+
+            engine.prepare(self)
+        return create_engine_config(self, *args, **kwargs)
+
+    @functools.wraps(create_model_config)
+    def model_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not is_maxtext(self):
+            return create_model_config(self, *args, **kwargs)
+        check_patches()
+        from vllm_maxtext_loader import engine
+
+        return engine.make_model_config(self, functools.partial(create_model_config, self, *args, **kwargs))
+
+    engine_args.create_engine_config = engine_config
+    engine_args.create_model_config = model_config
 
 
-def _on_tpu_model_loader(module: ModuleType) -> None:
+def _register_load_format(module: ModuleType) -> None:
+    """Registers a loader class that imports the real one when it is asked for."""
+
+    class MaxTextLoadFormat(module.BaseModelLoader):
+        def __new__(cls, load_config: Any) -> Any:
+            check_patches()
+            try:
+                from vllm_maxtext_loader.loader import MaxTextModelLoader
+            except ImportError as error:
+                raise EngineError(
+                    f"--load-format maxtext: the installed vLLM lacks what this version of vllm-maxtext-loader uses "
+                    f"({error}). Install vllm-tpu=={versions.SUPPORTED}.0."
+                ) from error
+            return MaxTextModelLoader(load_config)
+
+    module.register_model_loader(LOAD_FORMAT)(MaxTextLoadFormat)
+
+
+def _patch_model_choice(module: ModuleType) -> None:
     from vllm_maxtext_loader.tpu import enforce_vllm_model
 
     enforce_vllm_model(module)
 
 
-def _on_tpu_platform(module: ModuleType) -> None:
-    del module
-    from vllm_maxtext_loader.cpu_reference import install
+def _install_cpu_kernels(module: ModuleType) -> None:
+    from vllm_maxtext_loader.cpu_kernels.install import install
 
-    install()
+    install(module)

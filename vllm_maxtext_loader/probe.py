@@ -12,9 +12,13 @@ import subprocess
 import sys
 
 from vllm_maxtext_loader import errors
+from vllm_maxtext_loader.checkpoint.limits import TIMEOUT_VARIABLE, no_progress_seconds
 from vllm_maxtext_loader.conversion.gemma4 import Dims, LayerDims, VisionDims
 
 _MARK = "vllm-maxtext-probe "
+
+_LIMITS = 10
+"""Every read gives up by itself after the time limit; the process ends after this many of them, whatever it hangs in."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +46,23 @@ def probe(source: str, step: int | None, *, trim: bool) -> Probe:
         MaxTextLoadError: what `open_checkpoint` raised there, by the same name.
     """
     request = json.dumps({"path": source, "step": step, "trim": trim})
-    command = [sys.executable, "-c", "from vllm_maxtext_loader.probe import answer; answer()"]
-    # Its stderr is the terminal's: warnings are for the user.
-    done = subprocess.run(command, input=request, stdout=subprocess.PIPE, text=True, check=False)
+    # -P: Python would put the current directory first on the child's path, and run a json.py that lies there.
+    command = [sys.executable, "-P", "-m", "vllm_maxtext_loader.probe"]
+    seconds = _LIMITS * no_progress_seconds()
+    try:
+        # Its stderr is the terminal's: warnings are for the user.
+        done = subprocess.run(
+            command, input=request, stdout=subprocess.PIPE, text=True, check=False, timeout=seconds
+        )
+    except subprocess.TimeoutExpired as error:
+        raise errors.EngineError(
+            f"{source}: its metadata could not be read within {seconds:g} s. Check that the storage answers; "
+            f"{TIMEOUT_VARIABLE} (seconds) raises the limit."
+        ) from error
     lines = [line for line in done.stdout.splitlines() if line.startswith(_MARK)]
     if not lines:
         raise errors.EngineError(
-            f"{source}: could not be looked into: the process that reads its metadata ended with code {done.returncode}; "
+            f"{source}: its metadata could not be read: the process that reads it ended with code {done.returncode}; "
             f"its messages are above."
         )
     found = json.loads(lines[-1].removeprefix(_MARK))
@@ -73,3 +87,7 @@ def answer() -> None:
     except errors.MaxTextLoadError as error:
         found = {"error": type(error).__name__, "message": str(error)}
     print(_MARK + json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    answer()

@@ -15,6 +15,18 @@ import numpy as np
 import pytest
 
 WORKER = Path(__file__).with_name("engine_worker.py")
+LLAMA = {
+    "vocab_size": 128,
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "max_position_embeddings": 64,
+}
+"""Dimensions of a model that is not ours."""
+
 PROMPTS = [
     [2, 7, 11, 13],
     # Longer than the sliding window of 16 tokens, and than two of them.

@@ -1,4 +1,4 @@
-"""tpu-inference's side. Only this package imports tpu_inference (and `cpu_reference`, which replaces parts of it).
+"""tpu-inference's side. Only this package imports tpu_inference (and `cpu_kernels`, which replaces parts of it).
 
 Written against tpu-inference 0.32.0: models/common/model_loader.py (which model class is built) and
 models/vllm/vllm_model_loader.py (a layer's host memory is released as soon as the layer is complete). `direct` places
@@ -8,7 +8,6 @@ weights without a torch tensor in between.
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -20,22 +19,6 @@ if TYPE_CHECKING:
     from torch import nn
     from vllm.config import VllmConfig
 
-SUPPORTED_TPU_INFERENCE = "0.32"
-
-
-def check_tpu_inference_version() -> None:
-    """Refuses a tpu-inference this module was not written against.
-
-    Raises:
-        EngineError: with the version found and the version needed.
-    """
-    version = importlib.metadata.version("tpu-inference")
-    if version.split(".")[:2] != SUPPORTED_TPU_INFERENCE.split("."):
-        raise EngineError(
-            f"tpu-inference {version} is installed; this version of vllm-maxtext-loader works with "
-            f"{SUPPORTED_TPU_INFERENCE}.x (vllm-tpu=={SUPPORTED_TPU_INFERENCE}.0)."
-        )
-
 
 def enforce_vllm_model(module: ModuleType) -> None:
     """Makes MODEL_IMPL_TYPE=auto mean "vllm" for this load format; other formats keep tpu-inference's choice.
@@ -46,10 +29,10 @@ def enforce_vllm_model(module: ModuleType) -> None:
     original = module.resolve_model_impl_type
 
     @functools.wraps(original)
-    def resolve_model_impl_type(vllm_config: VllmConfig, is_draft_model: bool = False) -> str:
+    def resolve_model_impl_type(vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> str:
+        is_draft_model = kwargs.get("is_draft_model", bool(args and args[0]))
         if is_draft_model or vllm_config.load_config.load_format != LOAD_FORMAT:
-            return original(vllm_config, is_draft_model)
-        check_tpu_inference_version()
+            return original(vllm_config, *args, **kwargs)
         asked = module.envs.MODEL_IMPL_TYPE
         if asked not in ("auto", "vllm"):
             raise EngineError(

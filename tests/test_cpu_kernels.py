@@ -28,7 +28,8 @@ if _SPEC is None or not _SPEC.submodule_search_locations:
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
-from vllm_maxtext_loader import cpu_reference, plugin  # noqa: E402
+from vllm_maxtext_loader import cpu_kernels  # noqa: E402
+from vllm_maxtext_loader.cpu_kernels import attention, devices, install, moe  # noqa: E402
 
 TPU_INFERENCE = Path(_SPEC.submodule_search_locations[0])
 
@@ -160,7 +161,7 @@ def check_against(reference: Any, batch: dict[str, Any], out: Any, cache: Any, t
 def test_ragged_paged_attention(theirs: Any, shape: dict[str, Any], options: dict[str, Any]) -> None:
     batch = make_batch(theirs.rpa.get_kv_cache_shape, **shape)
     expected = run_theirs(theirs.rpa.ref_ragged_paged_attention, batch, **options)
-    out, cache = run(cpu_reference.ragged_paged_attention, batch, **options)
+    out, cache = run(attention.ragged_paged_attention, batch, **options)
     tolerance = 0.03 if batch["queries"].dtype == jnp.bfloat16 else 1e-4
     check_against(expected, batch, out, cache, tolerance)
 
@@ -176,7 +177,7 @@ def test_ragged_paged_attention_hd64(theirs: Any, dtype: Any, options: dict[str,
     batch = make_batch(theirs.hd64.get_kv_cache_shape, head_dim=64, dtype=dtype, heads=(6, 3))
     sinks = [jnp.linspace(-1.0, 2.0, 6)] if sink else []
     expected = run_theirs(theirs.hd64.ref_ragged_paged_attention_hd64, batch, *sinks, **options)
-    out, cache = run(cpu_reference.ragged_paged_attention_hd64, batch, *sinks, **options)
+    out, cache = run(attention.ragged_paged_attention_hd64, batch, *sinks, **options)
     check_against(expected, batch, out, cache, 0.03 if dtype == jnp.bfloat16 else 1e-4)
 
 
@@ -185,7 +186,7 @@ def test_quantized_cache(theirs: Any) -> None:
         theirs.rpa.get_kv_cache_shape, dtype=jnp.bfloat16, cache_dtype=jnp.float8_e5m2, heads=(4, 1)
     )
     options = {"sm_scale": 0.1, "k_scale": 0.5, "v_scale": 3.0}
-    out, cache = run(cpu_reference.ragged_paged_attention, batch, **options)
+    out, cache = run(attention.ragged_paged_attention, batch, **options)
     # The reference multiplies in the cache's 8 bits; wider copies of the same numbers are what is wanted.
     wide = {**batch, **{name: batch[name].astype(jnp.float32) for name in ("queries", "keys", "values")}}
     wide["kv_cache"] = jnp.zeros(
@@ -203,7 +204,7 @@ def test_quantized_cache(theirs: Any) -> None:
 def test_kv_shared_layer_reads_what_another_layer_wrote(theirs: Any, head_dim: int) -> None:
     hd64 = head_dim == 64
     batch = make_batch((theirs.hd64 if hd64 else theirs.rpa).get_kv_cache_shape, head_dim=head_dim)
-    kernel = cpu_reference.ragged_paged_attention_hd64 if hd64 else cpu_reference.ragged_paged_attention
+    kernel = attention.ragged_paged_attention_hd64 if hd64 else attention.ragged_paged_attention
     expected, written = run(kernel, batch)
     shared = {
         **batch,
@@ -213,7 +214,7 @@ def test_kv_shared_layer_reads_what_another_layer_wrote(theirs: Any, head_dim: i
     }
     if hd64:
         # As the installed sharded_ragged_paged_attention does it: the 64 kernel has no such argument.
-        wrapped = cpu_reference._allow_hd64_sharing(lambda _, *arrays: kernel(*arrays))
+        wrapped = install.allow_hd64_sharing(lambda _, *arrays: kernel(*arrays))
         out, cache = run(lambda *arrays: wrapped(None, *arrays, update_kv_cache=False), shared)
     else:
         out, cache = run(kernel, shared, update_kv_cache=False)
@@ -224,7 +225,7 @@ def test_kv_shared_layer_reads_what_another_layer_wrote(theirs: Any, head_dim: i
 def test_window_without_causal_mask(theirs: Any) -> None:
     """The reference ignores the window here, the kernel bounds it to the left only."""
     batch = make_batch(theirs.rpa.get_kv_cache_shape, sequences=[(20, 20)], heads=(1, 1), padding=0)
-    out, _ = run(cpu_reference.ragged_paged_attention, batch, sliding_window=4, use_causal_mask=False)
+    out, _ = run(attention.ragged_paged_attention, batch, sliding_window=4, use_causal_mask=False)
     q, k, v = (np.asarray(batch[name])[:, 0] for name in ("queries", "keys", "values"))
     logits = q @ k.T
     logits[np.arange(20)[:, None] >= np.arange(20) + 4] = -np.inf
@@ -235,7 +236,7 @@ def test_window_without_causal_mask(theirs: Any) -> None:
 def test_one_batch_without_sequences(theirs: Any) -> None:
     batch = make_batch(theirs.rpa.get_kv_cache_shape)
     batch["distribution"] = np.zeros(3, np.int32)
-    out, cache = run(cpu_reference.ragged_paged_attention, batch)
+    out, cache = run(attention.ragged_paged_attention, batch)
     assert not out.any()
     np.testing.assert_array_equal(cache, np.asarray(batch["kv_cache"]))
 
@@ -253,7 +254,7 @@ def test_attention_memory_does_not_grow_with_the_context(theirs: Any) -> None:
         "cu_q_lens": ((slots + 1,), jnp.int32),
         "distribution": ((3,), jnp.int32),
     }
-    step = jax.jit(cpu_reference.ragged_paged_attention, donate_argnums=3)
+    step = jax.jit(attention.ragged_paged_attention, donate_argnums=3)
     memory = step.lower(*(jax.ShapeDtypeStruct(*s) for s in shapes.values())).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 32 * 2**20
 
@@ -262,13 +263,13 @@ def test_attention_refuses_what_it_does_not_compute(theirs: Any) -> None:
     batch = make_batch(theirs.rpa.get_kv_cache_shape)
     for option in ({"mask_value": -1.0}, {"q_scale": 2.0}, {"out_dtype": jnp.bfloat16}):
         with pytest.raises(NotImplementedError, match=next(iter(option))):
-            cpu_reference.ragged_paged_attention(*batch.values(), **option)
+            attention.ragged_paged_attention(*batch.values(), **option)
     with pytest.raises(TypeError, match="decode_query_size"):
-        cpu_reference.ragged_paged_attention(*batch.values(), decode_query_size=2)  # pyright: ignore[reportCallIssue]
+        attention.ragged_paged_attention(*batch.values(), decode_query_size=2)  # pyright: ignore[reportCallIssue]
     with pytest.raises(ValueError, match="kv_cache has rows"):
-        cpu_reference.ragged_paged_attention_hd64(*batch.values())
+        attention.ragged_paged_attention_hd64(*batch.values())
     with pytest.raises(ValueError, match="kv_cache is float32"):
-        cpu_reference.ragged_paged_attention(*{**batch, "keys": batch["keys"].astype(jnp.bfloat16)}.values())
+        attention.ragged_paged_attention(*{**batch, "keys": batch["keys"].astype(jnp.bfloat16)}.values())
 
 
 # ----------------------------------------------------------------------------
@@ -312,7 +313,7 @@ def test_grouped_matmul(dtype: Any, sizes: list[int], offset: int, groups: int, 
     lhs = jnp.asarray(lhs).astype(dtype)
     rhs = jnp.asarray(rng.normal(size=(groups, 24, 16)) / 5).astype(dtype)
     rhs_bias = jnp.asarray(rng.normal(size=(groups, 1, 16)), jnp.float32) if bias else None
-    out = jax.jit(cpu_reference.grouped_matmul, static_argnums=6)(
+    out = jax.jit(moe.grouped_matmul, static_argnums=6)(
         lhs, rhs, None, rhs_bias, jnp.asarray(sizes, jnp.int32), jnp.asarray([offset], jnp.int32), act
     )
     assert out.dtype == dtype
@@ -329,7 +330,7 @@ def test_grouped_matmul(dtype: Any, sizes: list[int], offset: int, groups: int, 
 def test_grouped_matmul_result_type() -> None:
     ones = jnp.ones((4, 4), jnp.bfloat16)
     call = (ones, ones[None], None, None, jnp.asarray([4]), jnp.asarray([0]))
-    assert cpu_reference.grouped_matmul(*call, preferred_element_type=jnp.float32).dtype == jnp.float32
+    assert moe.grouped_matmul(*call, preferred_element_type=jnp.float32).dtype == jnp.float32
 
 
 def test_grouped_matmul_memory_is_that_of_one_expert() -> None:
@@ -341,7 +342,7 @@ def test_grouped_matmul_memory_is_that_of_one_expert() -> None:
         ((1,), jnp.int32),
     ]
     function = jax.jit(
-        lambda x, w, sizes, offset: cpu_reference.grouped_matmul(x, w, None, None, sizes, offset, "gelu")
+        lambda x, w, sizes, offset: moe.grouped_matmul(x, w, None, None, sizes, offset, "gelu")
     )
     memory = function.lower(*(jax.ShapeDtypeStruct(*s) for s in shapes)).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 8 * 2816 * 1408 * 4
@@ -351,9 +352,9 @@ def test_grouped_matmul_refuses_what_it_does_not_compute() -> None:
     ones = jnp.ones((4, 4))
     call = {"group_sizes": jnp.asarray([4]), "group_offset": jnp.asarray([0])}
     with pytest.raises(NotImplementedError, match="rhs_scale"):
-        cpu_reference.grouped_matmul(ones, ones[None], ones, None, **call)
+        moe.grouped_matmul(ones, ones[None], ones, None, **call)
     with pytest.raises(NotImplementedError, match="swigluoai"):
-        cpu_reference.grouped_matmul(ones, ones[None], None, None, **call, fuse_act="swigluoai")
+        moe.grouped_matmul(ones, ones[None], None, None, **call, fuse_act="swigluoai")
 
 
 def test_gather_reduce(theirs: Any) -> None:
@@ -365,23 +366,21 @@ def test_gather_reduce(theirs: Any) -> None:
     weights = jnp.asarray(rng.random(24), jnp.float32)
     valid = indices < 20
     expected = theirs.ragged._fallback_implementation(x, indices, weights, valid, 3)
-    out = cpu_reference.gather_reduce(x, indices, weights, valid, 3)
+    out = moe.gather_reduce(x, indices, weights, valid, 3)
     assert out.dtype == jnp.bfloat16
     np.testing.assert_array_equal(out, expected)
 
     weights = jnp.where(valid, weights, 0.0).reshape(8, 3)
     expected = theirs.dense._jax_fallback(x, indices, weights, 3, topk_wgt_zero_nan=True)
-    np.testing.assert_array_equal(cpu_reference.dense_gather_reduce(x, indices, weights, 3, True), expected)
+    np.testing.assert_array_equal(moe.dense_gather_reduce(x, indices, weights, 3, True), expected)
     finite = jnp.nan_to_num(x)
     expected = theirs.dense._jax_fallback(finite, indices, weights, 3)
-    np.testing.assert_array_equal(cpu_reference.dense_gather_reduce(finite, indices, weights, 3), expected)
+    np.testing.assert_array_equal(moe.dense_gather_reduce(finite, indices, weights, 3), expected)
 
 
 def test_gather_rows() -> None:
     x = jnp.arange(12.0).reshape(4, 3)
-    out = cpu_reference.gather_rows(
-        x, jnp.asarray([2, 0, 2]), jnp.asarray(0), jnp.asarray(3), trim_rows=False
-    )
+    out = moe.gather_rows(x, jnp.asarray([2, 0, 2]), jnp.asarray(0), jnp.asarray(3), trim_rows=False)
     np.testing.assert_array_equal(out, np.asarray(x)[[2, 0, 2]])
 
 
@@ -402,7 +401,7 @@ def test_flash_attention(theirs: Any, length: int, causal: bool, bias: bool, seg
     segment_ids = theirs.flash.SegmentIds(q=ids, kv=ids) if segments else None
     options = {"causal": causal, "sm_scale": 0.4}
     expected = theirs.flash.mha_reference_no_custom_vjp(q, k, v, ab, segment_ids, **options)
-    out = jax.jit(lambda *arrays: cpu_reference.flash_attention(*arrays, **options))(q, k, v, ab, segment_ids)
+    out = jax.jit(lambda *arrays: attention.flash_attention(*arrays, **options))(q, k, v, ab, segment_ids)
     np.testing.assert_allclose(out, expected, atol=1e-5)
 
 
@@ -414,10 +413,10 @@ def test_flash_attention(theirs: Any, length: int, causal: bool, bias: bool, seg
 def sharded() -> None:
     """What `test_under_shard_map` runs in a process of its own, where JAX has four devices."""
     spec = jax.sharding.PartitionSpec
-    assert cpu_reference.requested_devices() == 4 == len(jax.devices())
-    mesh = cpu_reference.make_mesh((1, 4), ("data", "model"))
+    assert devices.requested_devices() == 4 == len(jax.devices())
+    mesh = devices.make_mesh((1, 4), ("data", "model"))
     with pytest.raises(RuntimeError, match="--xla_force_host_platform_device_count=8"):
-        cpu_reference.make_mesh((2, 4), ("data", "model"))
+        devices.make_mesh((2, 4), ("data", "model"))
     rng = np.random.default_rng(0)
 
     # Two of the experts on each device.
@@ -426,7 +425,7 @@ def sharded() -> None:
     sizes = jnp.asarray([9, 0, 20, 1, 0, 0, 10, 10], jnp.int32)
 
     def local_experts(x: jax.Array, experts: jax.Array, offset: jax.Array) -> jax.Array:
-        out = cpu_reference.grouped_matmul(x, experts, None, None, sizes, offset)
+        out = moe.grouped_matmul(x, experts, None, None, sizes, offset)
         return jax.lax.psum(out, "model")
 
     specs = (spec(), spec("model"), spec("model"))
@@ -439,9 +438,9 @@ def sharded() -> None:
     pages = [jnp.asarray(a, jnp.int32) for a in ([12], [3, 1], [0, 12], [0, 0, 1])]
     arguments = (q, k, v, jnp.zeros((5, 8, 16, 1, 128)), *pages)
     specs = (spec(None, "model"),) * 3 + (spec(None, None, "model"),) + (spec(),) * 4
-    attention = cpu_reference.ragged_paged_attention
-    split = jax.shard_map(attention, mesh=mesh, in_specs=specs, out_specs=specs[2:4], check_vma=False)
-    for ours, whole in zip(jax.jit(split)(*arguments), jax.jit(attention)(*arguments), strict=True):
+    kernel = attention.ragged_paged_attention
+    split = jax.shard_map(kernel, mesh=mesh, in_specs=specs, out_specs=specs[2:4], check_vma=False)
+    for ours, whole in zip(jax.jit(split)(*arguments), jax.jit(kernel)(*arguments), strict=True):
         np.testing.assert_allclose(ours, whole, atol=1e-5)
 
 
@@ -457,32 +456,32 @@ def test_under_shard_map() -> None:
 
 def test_other_devices_are_refused() -> None:
     with pytest.raises(RuntimeError, match="runs on tpu"):
-        cpu_reference.make_mesh((1,), ("model",), devices=[SimpleNamespace(platform="tpu")])
+        devices.make_mesh((1,), ("model",), devices=[SimpleNamespace(platform="tpu")])
     with pytest.raises(RuntimeError, match="runs on tpu"):
-        cpu_reference.memory_usage([SimpleNamespace(platform="cpu"), SimpleNamespace(platform="tpu")])
+        devices.memory_usage([SimpleNamespace(platform="cpu"), SimpleNamespace(platform="tpu")])
 
 
 def test_requested_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_reference.jax, "config", SimpleNamespace(jax_num_cpu_devices=-1))
+    monkeypatch.setattr(devices.jax, "config", SimpleNamespace(jax_num_cpu_devices=-1))
     monkeypatch.delenv("XLA_FLAGS", raising=False)
-    assert cpu_reference.requested_devices() == 1
+    assert devices.requested_devices() == 1
     flag = "--xla_force_host_platform_device_count"
     monkeypatch.setenv("XLA_FLAGS", f"--xla_cpu_max_isa=AVX2 {flag}=2 {flag}=8")
-    assert cpu_reference.requested_devices() == 8
-    monkeypatch.setattr(cpu_reference.jax, "config", SimpleNamespace(jax_num_cpu_devices=3))
-    assert cpu_reference.requested_devices() == 3
+    assert devices.requested_devices() == 8
+    monkeypatch.setattr(devices.jax, "config", SimpleNamespace(jax_num_cpu_devices=3))
+    assert devices.requested_devices() == 3
 
 
-@pytest.mark.parametrize(("setting", "gib"), [(None, cpu_reference.DEFAULT_KV_CACHE_GIB), ("4", 4)])
+@pytest.mark.parametrize(("setting", "gib"), [(None, devices.DEFAULT_KV_CACHE_GIB), ("4", 4)])
 def test_memory_is_shared_by_the_devices(
     monkeypatch: pytest.MonkeyPatch, setting: str | None, gib: int
 ) -> None:
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     if setting:
         monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", setting)
-    usage = cpu_reference.memory_usage([SimpleNamespace(platform="cpu")] * 2)
+    usage = devices.memory_usage([SimpleNamespace(platform="cpu")] * 2)
     assert usage == [(0, gib * 2**29)] * 2
-    assert cpu_reference.memory_usage([]) == []
+    assert devices.memory_usage([]) == []
 
 
 # ----------------------------------------------------------------------------
@@ -491,45 +490,46 @@ def test_memory_is_shared_by_the_devices(
 
 
 def test_environment_keeps_what_the_user_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in plugin.CPU_ENVIRONMENT:
+    for name in cpu_kernels.ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SKIP_JAX_PRECOMPILE", "0")
-    plugin.prepare_cpu_environment()
+    cpu_kernels.prepare_environment()
     assert os.environ["SKIP_JAX_PRECOMPILE"] == "0"
     assert os.environ["TPU_SKIP_MDS_QUERY"] == "1"
 
 
 @pytest.mark.parametrize("platforms", [None, "", "tpu", "tpu,cpu", "proxy,cpu"])
 def test_install_refuses_another_backend(monkeypatch: pytest.MonkeyPatch, platforms: str | None) -> None:
-    monkeypatch.setattr(cpu_reference, "_installed", False)
-    monkeypatch.setattr(cpu_reference.jax, "config", SimpleNamespace(jax_platforms=platforms))
+    monkeypatch.setattr(jax, "config", SimpleNamespace(jax_platforms=platforms))
     with pytest.raises(RuntimeError, match="JAX_PLATFORMS=cpu"):
-        cpu_reference.install()
+        install.install(ModuleType("tpu_inference.platforms.tpu_platform"))
 
 
-@pytest.mark.parametrize("version", ["0.31.4", "0.33.0", "1.0"])
-def test_install_refuses_another_version(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
-    monkeypatch.setattr(cpu_reference, "_installed", False)
-    monkeypatch.setattr(cpu_reference.jax, "config", SimpleNamespace(jax_platforms="cpu"))
-    monkeypatch.setattr(importlib.metadata, "version", lambda _: version)
-    with pytest.raises(RuntimeError, match=rf"tpu-inference 0\.32\.x.*{version} is installed"):
-        cpu_reference.install()
-
-
-def test_install_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(name: str) -> str:
-        raise importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(cpu_reference, "_installed", False)
-    monkeypatch.setattr(cpu_reference.jax, "config", SimpleNamespace(jax_platforms="cpu"))
-    monkeypatch.setattr(importlib.metadata, "version", missing)
-    with pytest.raises(RuntimeError, match=r"vllm-tpu==0\.32\.0"):
-        cpu_reference.install()
+@pytest.mark.parametrize(
+    ("platforms", "switch", "wanted"),
+    [
+        ("cpu", None, True),
+        ("CPU", "1", True),
+        ("cpu", "0", False),
+        ("cpu", "false", False),
+        (None, None, False),
+        ("tpu,cpu", None, False),
+    ],
+)
+def test_kernels_can_be_turned_off(
+    monkeypatch: pytest.MonkeyPatch, platforms: str | None, switch: str | None, wanted: bool
+) -> None:
+    for name, value in (("JAX_PLATFORMS", platforms), (cpu_kernels.SWITCH_VARIABLE, switch)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert cpu_kernels.are_wanted() == wanted
 
 
 def test_everything_to_replace_exists() -> None:
     """Read from the sources: importing these modules takes half a minute."""
-    wanted = {(module, name) for module, name, _ in cpu_reference.REPLACEMENTS} | {
+    pairs = [entry[:2] for entry in (*install.REPLACEMENTS, *install.UNAVAILABLE)]
+    wanted = {(module, name) for module, name in pairs} | {
         ("tpu_inference.layers.common.attention_interface", "sharded_ragged_paged_attention"),
         ("tpu_inference.layers.jax.sample.sampling", "sample"),
         ("tpu_inference.platforms.tpu_platform", "TpuPlatform"),
@@ -555,7 +555,7 @@ def test_replace_reaches_earlier_imports(monkeypatch: pytest.MonkeyPatch) -> Non
     for module in (origin, copy, stranger):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     copy.alias = old
-    cpu_reference._replace("tpu_inference.origin", "f", "new")
+    install.replace("tpu_inference.origin", "f", "new")
     assert (origin.f, copy.f, copy.alias, stranger.f) == ("new", "new", "new", old)
 
 
@@ -572,15 +572,10 @@ def test_install_extends_the_platform(monkeypatch: pytest.MonkeyPatch) -> None:
         def register_triton_kernel_overrides(cls) -> str:
             return "theirs"
 
-    module = SimpleNamespace(__name__="tpu_inference.platforms.tpu_platform", TpuPlatform=Platform)
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(cpu_reference, "_installed", False)
-    monkeypatch.setattr(cpu_reference, "requested_devices", lambda: 2)
-    monkeypatch.setattr(cpu_reference, "replace_kernels", lambda: calls.append("ours"))
-    for name in plugin.CPU_ENVIRONMENT:
-        monkeypatch.setenv(name, "")
-    cpu_reference.install()
-    cpu_reference.install()
+    module = SimpleNamespace(TpuPlatform=Platform)
+    monkeypatch.setattr(devices, "requested_devices", lambda: 2)
+    monkeypatch.setattr(install, "replace_kernels", lambda: calls.append("ours"))
+    install.install(module)  # type: ignore[arg-type]
 
     config = SimpleNamespace(sharding_config=SimpleNamespace(total_devices=2))
     Platform.check_and_update_config(config)
@@ -592,6 +587,17 @@ def test_install_extends_the_platform(monkeypatch: pytest.MonkeyPatch) -> None:
     calls.clear()
     assert Platform().register_triton_kernel_overrides() == "theirs"
     assert calls == ["ours"]
+
+
+def test_platform_that_lacks_a_method_stays_as_it_was() -> None:
+    class Platform:
+        @classmethod
+        def check_and_update_config(cls, vllm_config: Any) -> None: ...
+
+    before = dict(vars(Platform))
+    with pytest.raises(AttributeError, match="register_triton_kernel_overrides"):
+        install.install(SimpleNamespace(TpuPlatform=Platform))  # type: ignore[arg-type]
+    assert dict(vars(Platform)) == before
 
 
 if __name__ == "__main__":
