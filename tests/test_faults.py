@@ -102,7 +102,7 @@ RECOVERS: dict[str, tuple[str, dict[str, object], str]] = {
     "cut metadata": (
         "read /0/items/_METADATA",
         {"cut": 100, "times": 1},
-        r"_METADATA: cannot read: .*Incomplete",
+        r"_METADATA: cannot read: .*not completed",
     ),
     "500 for the manifest": (
         "read .*manifest",
@@ -197,7 +197,10 @@ def test_refused_connection(remote: Remote) -> None:
     checkpoint = open_checkpoint(remote.url)
     remote.proxy.refuse()
     try:
-        network = ("[Cc]onnection refused|Could ?n.t connect|broken", "check the network|_TIMEOUT")
+        network = (
+            "[Cc]onnection refused|Could ?n.t connect|Cannot connect|broken",
+            "check the network|_TIMEOUT",
+        )
         refused(
             lambda: open_checkpoint(remote.url), errors.StorageError, f"cannot list {remote.url}", *network
         )
@@ -239,7 +242,11 @@ DAMAGE: dict[str, tuple[bool, Callable[[Path], object], type[Exception], tuple[s
         False,
         lambda items: (items / "manifest.ocdbt").unlink(),
         CORRUPT,
-        ("does not exist", AGAIN),
+        (
+            "manifest.ocdbt is missing next to ocdbt.process_0",
+            "before the parts .* were merged",
+            "choose another step",
+        ),
     ),
     "truncated manifest": (
         False,

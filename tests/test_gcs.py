@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import os
@@ -12,16 +13,21 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import google_crc32c
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
+from gcsfs.retry import ChecksumError
+from multidict import CIMultiDict
 
 from support import gcs
 from support.checkpoints import FIXTURES, cases
 from support.damage import pieces, without_database
 from vllm_maxtext_loader import open_checkpoint
 from vllm_maxtext_loader.api import Checkpoint
+from vllm_maxtext_loader.checkpoint import bucket
+from vllm_maxtext_loader.checkpoint.location import locate
 
 
 @pytest.fixture(scope="module", params=["moe_v2", "moe_v1", "moe_v2 in files", "moe_v1 in files"])
@@ -121,7 +127,7 @@ def load_elsewhere(url: str, proxy: gcs.Proxy, **variables: str) -> subprocess.C
     """A load in a process of its own: Google's client finds credentials as it would outside of tests."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("GOOGLE_", "STORAGE_"))}
     # An endpoint, unlike an emulator, is given credentials.
-    kept |= {"API_ENDPOINT_OVERRIDE": proxy.url, "TENSORSTORE_GCS_HTTP_URL": proxy.url, **variables}
+    kept |= {"TENSORSTORE_GCS_HTTP_URL": proxy.url, **variables}
     return subprocess.run(
         [sys.executable, "-c", gcs.LOAD, url], env=kept, capture_output=True, text=True, timeout=120
     )
@@ -171,3 +177,27 @@ def test_service_account_and_no_secret_in_logs(proxy: gcs.Proxy, tmp_path: Path)
     assert "private/0/items/_METADATA: cannot read: HTTP 503" in said
     assert "SECRET" not in said
     assert pem.decode().splitlines()[1] not in said
+
+
+def test_metadata_that_was_changed_on_the_way_is_read_again(
+    proxy: gcs.Proxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Cloud Storage sends a checksum along; one that does not fit is a failure like any other."""
+    gcs.shared()[0].upload(FIXTURES / "dense_v2/checkpoints", gcs.BUCKET, "hashed/")
+    url = f"gs://{gcs.BUCKET}/hashed/0/items/_METADATA"
+    content = bucket.read_object(url)
+    headers = CIMultiDict({"x-goog-hash": "crc32c=AAAAAA=="})
+    with pytest.raises(ChecksumError, match="Cloud Storage sent AAAAAA=="):
+        bucket.check_hash(headers, content)
+    good = base64.b64encode(google_crc32c.value(content).to_bytes(4, "big")).decode()
+    bucket.check_hash(CIMultiDict({"X-Goog-Hash": f"md5=abc==,crc32c={good}"}), content)
+    bucket.check_hash(CIMultiDict(), content)
+
+
+def test_runs_directory_finds_its_checkpoints(proxy: gcs.Proxy) -> None:
+    gcs.shared()[0].upload(FIXTURES / "dense_v2/checkpoints", gcs.BUCKET, "whole-run/checkpoints/")
+    gcs.shared()[0].put(gcs.BUCKET, "whole-run/tensorboard/events", b"x")
+    proxy.clear()
+    found = locate(f"gs://{gcs.BUCKET}/whole-run")
+    assert found.items.url == f"gs://{gcs.BUCKET}/whole-run/checkpoints/0/items"
+    assert proxy.counts()["list"] == 3, "the run, its checkpoints, the step"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -190,10 +191,7 @@ def test_what_is_no_checkpoint(place: Place) -> None:
     place.step("0", parent="experiment/checkpoints")
     (place.root / "model").mkdir()
     (place.root / "model/config.json").write_text("{}")
-    with pytest.raises(
-        errors.NotACheckpointError, match=r"its checkpoints are in .*experiment/checkpoints\."
-    ):
-        locate(place.url("experiment"))
+    assert locate(place.url("experiment")).items.url == place.url("experiment", "checkpoints/0/items")
     with pytest.raises(errors.NotACheckpointError, match=r"is no Orbax checkpoint: .* Found: config.json"):
         locate(place.url("model"))
     with pytest.raises(errors.NotACheckpointError, match=r"config.json: is a file; expected a directory"):
@@ -218,7 +216,9 @@ def test_nothing_there(tmp_path: Path) -> None:
             errors.CheckpointNotFoundError, match=r"there is no bucket no-such-bucket.*Check the bucket"
         ):
             locate("gs://no-such-bucket/run")
-        with pytest.raises(errors.StorageError, match="gs://-x/run: Bucket names must"):
+        with pytest.raises(
+            errors.CheckpointNotFoundError, match="gs://-x/run: -x is not a valid bucket name"
+        ):
             locate("gs://-x/run")
 
 
@@ -229,8 +229,8 @@ def test_nothing_there(tmp_path: Path) -> None:
         ("  ", "path is empty"),
         ("gs://", "names no bucket"),
         ("s3://bucket/run", "scheme s3:// is not supported"),
-        ("a\0b", "is no path"),
-        (b"/tmp/\xff\xfe", "is no path"),
+        ("a\0b", "is not a valid path"),
+        (b"/tmp/\xff\xfe", "is not a valid path"),
         (
             "https://user:secret@host/x?X-Goog-Signature=abc&X-Goog-Credential=me",
             "scheme https:// is not supported",
@@ -368,3 +368,62 @@ def test_step_deleted_while_steps_are_looked_at(tmp_path: Path) -> None:
 def assert_says(error: Exception, *parts: str) -> None:
     for part in parts:
         assert part in str(error), f"{part!r} is not in {error}"
+
+
+@pytest.mark.parametrize(
+    ("address", "meant"),
+    [
+        ("https://storage.googleapis.com/my-bucket/run/0?X-Goog-Signature=SECRET", "gs://my-bucket/run/0"),
+        ("https://my-bucket.storage.googleapis.com/run%20a/0", "gs://my-bucket/run a/0"),
+        ("https://storage.cloud.google.com/my-bucket/run", "gs://my-bucket/run"),
+        (
+            "https://console.cloud.google.com/storage/browser/my-bucket/run;tab=objects?project=p",
+            "gs://my-bucket/run",
+        ),
+        (
+            "https://console.cloud.google.com/storage/browser/_details/my-bucket/run/x;tab=live",
+            "gs://my-bucket/run/x",
+        ),
+        ("https://www.googleapis.com/storage/v1/b/my-bucket/o/run%2F0", "gs://my-bucket/run/0"),
+        ("http://storage.googleapis.com/my-bucket", "gs://my-bucket"),
+    ],
+)
+def test_pasted_web_address_is_answered_with_its_gs_form(address: str, meant: str) -> None:
+    with pytest.raises(errors.CheckpointNotFoundError, match=re.escape(f"Give {meant}.")) as raised:
+        locate(address)
+    assert "SECRET" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["b", "ab", "UPPER", "a..b", "-ab", "ab-", "a b", "a" * 64, "bücket", "b\x1b[31m", "user:secret@host"],
+)
+def test_bucket_names_that_cannot_be(name: str) -> None:
+    with pytest.raises(errors.CheckpointNotFoundError, match="is not a valid bucket name") as raised:
+        locate(f"gs://{name}/run")
+    assert str(raised.value).isprintable()
+
+
+@pytest.mark.parametrize("path", ["gs://bucket/a/../b", "gs://bucket/a\nb", "gs://bucket/\x1b[31m"])
+def test_object_names_that_cannot_be(path: str) -> None:
+    with pytest.raises(errors.CheckpointNotFoundError, match="is not a valid object name") as raised:
+        locate(path)
+    assert str(raised.value).isprintable()
+
+
+def test_file_urls(tmp_path: Path) -> None:
+    for url in (f"file://{tmp_path}", f"file://localhost{tmp_path}"):
+        assert Location.parse(url).url == str(tmp_path)
+    with pytest.raises(errors.CheckpointNotFoundError, match="names a file of another machine, fileserver"):
+        Location.parse("file://fileserver/x")
+
+
+def test_names_of_others_are_escaped(tmp_path: Path) -> None:
+    """A directory can be named to move a terminal's cursor, or to forge a line of a log."""
+    (tmp_path / "x\x1b[2J\nERROR forged").mkdir()
+    for path in (tmp_path, tmp_path / "nothing", tmp_path / "x\x1b[2J\nERROR forged"):
+        with pytest.raises(errors.MaxTextLoadError) as raised:
+            locate(path)
+        assert str(raised.value).isprintable()
+    with pytest.raises(errors.NotACheckpointError, match=re.escape(r"x\x1b[2J\nERROR forged")):
+        locate(tmp_path)

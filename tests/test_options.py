@@ -74,3 +74,8 @@ def test_unusable_value_names_key_and_value(key: str, value: object) -> None:
 def test_read_budget(nbytes: int, chunk: int, cores: int, budget: int) -> None:
     assert read_budget(None, nbytes, chunk, cores) == budget
     assert read_budget(0.5, nbytes, chunk, cores) == GIB // 2
+
+
+def test_read_budget_beyond_memory_is_refused() -> None:
+    with pytest.raises(OptionError, match=r"concurrent_gib is 1e\+06, but this machine has .* GiB of memory"):
+        read_budget(1e6, 1 << 30, 1 << 20, 2)

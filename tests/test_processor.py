@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,12 @@ from vllm_maxtext_loader.probe import probe
 
 def arguments(tokenizer: Path | str | None) -> Any:
     """What is looked at of EngineArgs."""
-    return SimpleNamespace(tokenizer=None if tokenizer is None else str(tokenizer), tokenizer_revision=None)
+    return SimpleNamespace(
+        tokenizer=None if tokenizer is None else str(tokenizer),
+        tokenizer_revision=None,
+        download_dir=None,
+        hf_token=None,
+    )
 
 
 @pytest.fixture
@@ -77,10 +83,10 @@ def test_missing_processor_is_said(tokenizer: Path, caplog: pytest.LogCaptureFix
     assert str(tokenizer) in caplog.text
 
 
-def test_repository_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repository_that_cannot_be_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     found = probe(str(cases()["moe_mm"].items), None, trim=False)
-    with pytest.raises(errors.EngineError, match=r"google/no-such-tokenizer cannot be had"):
+    with pytest.raises(errors.EngineError, match=r"google/no-such-tokenizer cannot be downloaded"):
         processor_files(arguments("google/no-such-tokenizer"), found)
 
 
@@ -110,3 +116,40 @@ def test_tokenizer_that_forgets_bos_is_named(tmp_path: Path, caplog: pytest.LogC
             warn_without_bos(model_config(bad))
     assert caplog.text.count("does not put <bos> before a completion prompt") == 1
     assert str(bad) in caplog.text
+
+
+def test_token_and_cache_directory_reach_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """--hf-token and --download-dir count for the processor's files as for everything else that vLLM downloads."""
+    asked: dict[str, Any] = {}
+
+    def snapshot_download(name: str, **options: Any) -> str:
+        asked.update(options, name=name)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    found = probe(str(cases()["moe_mm"].items), None, trim=False)
+    options = arguments("google/tokenizer")
+    options.hf_token, options.download_dir = "hf_x", str(tmp_path / "cache")
+    processor_files(options, found)
+    assert (asked["name"], asked["token"]) == ("google/tokenizer", "hf_x")
+    assert asked["cache_dir"] == str(tmp_path / "cache")
+
+
+def test_configuration_is_readable_by_others_and_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    before = os.umask(0o022)
+    try:
+        directory = write_config_dir(probe(str(cases()["dense_v2"].items), None, trim=True), "gemma4-31b")
+    finally:
+        os.umask(before)
+    assert [path.name for path in directory.iterdir()] == ["config.json"]
+    assert (directory / "config.json").stat().st_mode & 0o777 == 0o644
+
+
+def test_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "maxtext").write_text("a file where the directory should be")
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    with pytest.raises(errors.EngineError, match=r"maxtext/.* cannot be written here .* Set VLLM_CACHE_ROOT"):
+        write_config_dir(probe(str(cases()["dense_v2"].items), None, trim=True), "gemma4-31b")

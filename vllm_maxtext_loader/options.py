@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -86,7 +87,16 @@ def read_budget(concurrent_gib: float | None, nbytes: int, chunk_nbytes: int, co
         chunk_nbytes: decoded size of the largest stored chunk. One chunk is decoded by one core; a chunk of the
             published 26B-A4B's experts, converted with MaxText's default of 16 devices, has 793 MB.
         cores: that decode.
+
+    Raises:
+        OptionError: more was asked for than this machine has memory.
     """
     if concurrent_gib is not None:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if concurrent_gib * GIB > memory:
+            raise OptionError(
+                f"concurrent_gib is {concurrent_gib:g}, but this machine has {memory / GIB:.3g} GiB of memory. It bounds decoded "
+                f"data in flight: a few GiB are enough for any checkpoint."
+            )
         return int(concurrent_gib * GIB)
     return max(min(max(nbytes // 16, GIB // 16), 2 * GIB), min(cores * chunk_nbytes, nbytes // 8))

@@ -9,7 +9,7 @@ from typing import Any
 
 import tensorstore as ts
 
-from vllm_maxtext_loader.checkpoint.limits import brief, storage_error
+from vllm_maxtext_loader.checkpoint.limits import brief, printable, storage_error
 from vllm_maxtext_loader.checkpoint.storage import Location
 from vllm_maxtext_loader.checkpoint.waiting import Watch
 from vllm_maxtext_loader.errors import CorruptMetadataError, MaxTextLoadError, ReadError
@@ -53,6 +53,7 @@ def open_arrays(
             except TimeoutError as error:
                 raise storage_error(f"cannot open leaf {name} of {items}", error) from error
             except Exception as error:
+                _refuse_unmerged(items)
                 raise array_error(f"cannot open leaf {name} of {items}", error, at_open=True) from error
     finally:
         # A future that nobody holds is given up. Its cancel() may wait, with Python's lock in hand, for a callback that waits for
@@ -60,6 +61,26 @@ def open_arrays(
         futures.clear()
         watch.close()
     return arrays
+
+
+def _refuse_unmerged(items: Location) -> None:
+    """Explains arrays that are not there because the writer's processes were never merged into one database.
+
+    Raises:
+        CorruptMetadataError: `ocdbt.process_<n>` directories without the manifest above them.
+    """
+    names = items.listdir()
+    parts = [name for name in names if name.startswith("ocdbt.process_")]
+    if parts and MANIFEST not in names:
+        raise CorruptMetadataError(
+            f"{items}: {MANIFEST} is missing next to {printable(', '.join(parts[:4]))}: the writer ended before the parts that its "
+            f"processes wrote were merged, or the file was lost in a copy. Copy the checkpoint again with {MANIFEST}, finish the "
+            f"save where it was written, or choose another step."
+        )
+
+
+MANIFEST = "manifest.ocdbt"
+"""Root of an OCDBT database; in the item once all processes' parts have been merged."""
 
 
 def _spec(items: Location, name: str, stored: Format, since: float) -> dict[str, Any]:

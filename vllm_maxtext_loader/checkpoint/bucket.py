@@ -1,21 +1,34 @@
-"""Listings, look-ups and metadata files in a bucket, by Google's own client (google-cloud-storage).
+"""Listings, look-ups and metadata files in a bucket, by gcsfs.
 
 Every request is bounded in time and repeated where that can help; a repetition is logged with the object's
-path. TensorStore reads the arrays (see `storage`); here are the few small files around them.
+path. TensorStore reads the arrays (see `storage`); here are the few small files around them. Written against gcsfs
+2026.1.0: `GCSFileSystem.call` makes one request of the JSON API, with no listing cache in between.
 """
 
 from __future__ import annotations
 
+import base64
 import functools
 import os
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from vllm_maxtext_loader.checkpoint.limits import Backoff, no_progress_seconds, retry_warning, storage_error
-from vllm_maxtext_loader.errors import CheckpointNotFoundError, StorageError
+import google_crc32c
+
+from vllm_maxtext_loader.checkpoint.limits import (
+    Backoff,
+    Fault,
+    fault_of,
+    no_progress_seconds,
+    reason_of,
+    retry_warning,
+    storage_error,
+)
+from vllm_maxtext_loader.errors import CheckpointNotFoundError
 
 if TYPE_CHECKING:
-    from google.cloud.storage import Bucket, Client
+    from gcsfs import GCSFileSystem
 
 _ATTEMPTS_IN_LIMIT = 3
 """A request that hangs is given up after this fraction of the limit, so that it can be repeated within it."""
@@ -38,29 +51,31 @@ def list_names(url: str, most: int | None = None) -> list[str]:
         CheckpointNotFoundError: there is no such bucket.
         StorageError: it cannot be listed.
     """
-    path = split(url)[1]
+    bucket, path = split(url)
     prefix = f"{path}/" if path else ""
-
-    def list_once(bucket: Bucket, timeout: float) -> set[str]:
-        found = bucket.client.list_blobs(
-            bucket,
-            max_results=most,
-            prefix=prefix,
-            delimiter="/",
-            fields="items(name),prefixes,nextPageToken",
-            **_once(timeout),
-        )
-        names = {blob.name for blob in found} | set(found.prefixes)
-        return {name.removeprefix(prefix).strip("/") for name in names}
-
+    fields: dict[str, Any] = {
+        "delimiter": "/",
+        "prefix": prefix,
+        "fields": "items(name),prefixes,nextPageToken",
+    }
+    if most is not None:
+        fields["maxResults"] = most
+    names: set[str] = set()
     try:
-        # An object named like the "directory" itself is how some tools mark an empty one.
-        return sorted(_call("list", url, list_once) - {""})
+        while True:
+            page = _call(
+                "list", url, lambda client: client.call("GET", "b/{}/o", bucket, json_out=True, **fields)
+            )
+            names |= {item["name"] for item in page.get("items", ())} | set(page.get("prefixes", ()))
+            fields["pageToken"] = page.get("nextPageToken")
+            if fields["pageToken"] is None or (most is not None and len(names) >= most):
+                break
     except FileNotFoundError as error:
-        name = split(url)[0]
         raise CheckpointNotFoundError(
-            f"{url}: there is no bucket {name}, or this account may not know of it. Check the bucket's name."
+            f"{url}: there is no bucket {bucket}, or this account may not know of it. Check the bucket's name."
         ) from error
+    # An object named like the "directory" itself is how some tools mark an empty one.
+    return sorted({name.removeprefix(prefix).strip("/") for name in names} - {""})
 
 
 def is_object(url: str) -> bool:
@@ -69,91 +84,126 @@ def is_object(url: str) -> bool:
     Raises:
         StorageError: the storage refuses or does not answer.
     """
-    return _call("look up", url, lambda bucket, timeout: bucket.blob(split(url)[1]).exists(**_once(timeout)))
+    try:
+        _call("look up", url, lambda client: client.call("GET", "b/{}/o/{}", *split(url), fields="name"))
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def read_object(url: str) -> bytes:
-    """An object's content: one request; the client compares it with the checksum Cloud Storage sends along.
+    """An object's content: one request; compared with the checksum that Cloud Storage sends along.
 
     Raises:
         FileNotFoundError: there is no such object.
         StorageError: the storage refuses or does not answer.
     """
-    return _call(
-        "read", url, lambda bucket, timeout: bucket.blob(split(url)[1]).download_as_bytes(**_once(timeout))
-    )
+
+    def read(client: Any) -> bytes:
+        headers, content = client.call("GET", client.url("/".join(split(url))))
+        check_hash(headers, content)
+        return content
+
+    return _call("read", url, read)
 
 
-def _once(timeout: float) -> dict[str, Any]:
-    """Options of a request that is not repeated by the client itself, which would not say so."""
-    return {"timeout": timeout, "retry": None}
+def check_hash(headers: Any, content: bytes) -> None:
+    """Compares the CRC-32C in `x-goog-hash`; gcsfs's own check needs another library and fails where there is none.
+
+    Raises:
+        ChecksumError: the content is another one.
+    """
+    from gcsfs.retry import ChecksumError
+
+    hashes = ",".join(headers.getall("x-goog-hash", ())).split(",")
+    sent = dict(entry.strip().split("=", 1) for entry in hashes if "=" in entry).get("crc32c")
+    # Cloud Storage decompresses an object stored with gzip on the way; the checksum is of the stored bytes.
+    if sent is None or headers.get("x-goog-stored-content-encoding", "identity") != "identity":
+        return
+    found = base64.b64encode(google_crc32c.value(content).to_bytes(4, "big")).decode()
+    if found != sent:
+        raise ChecksumError(f"CRC-32C is {found}, Cloud Storage sent {sent}")
 
 
-def _call[T](what: str, url: str, operation: Callable[[Bucket, float], T]) -> T:
-    """Carries out one operation on the bucket of `url`; again, within the limit, where a failure may pass."""
-    from google.api_core import exceptions, retry
+def _call[T](what: str, url: str, request: Callable[[Any], T]) -> T:
+    """Makes one request; again, within the limit, where a failure may pass."""
+    from gcsfs.retry import ChecksumError, HttpError
     from google.auth.exceptions import GoogleAuthError
-    from google.cloud.storage.exceptions import DataCorruption
-    from urllib3.exceptions import HTTPError
 
     limit = no_progress_seconds()
     backoff = Backoff.within(limit * (1 - 1 / _ATTEMPTS_IN_LIMIT))
-    attempts = retry.Retry(
-        predicate=_may_pass,
-        # This client pauses for a random part of what it is told.
-        initial=4 * backoff.initial,
-        maximum=backoff.longest,
-        multiplier=2.0,
-        timeout=backoff.total,
-        on_error=lambda error: retry_warning(url, f"cannot {what}: {str(error) or type(error).__name__}"),
-    )
-    try:
-        bucket = _client(os.environ.get("STORAGE_EMULATOR_HOST", "")).bucket(split(url)[0])
-        return attempts(operation)(bucket, max(0.1, round(limit / _ATTEMPTS_IN_LIMIT, 1)))
-    except exceptions.NotFound as error:
-        raise FileNotFoundError(url) from error
-    except exceptions.RetryError as error:
-        raise storage_error(f"cannot {what} {url}", error.cause or error) from error
-    except (exceptions.GoogleAPIError, GoogleAuthError, HTTPError, DataCorruption, OSError) as error:
-        raise storage_error(f"cannot {what} {url}", error) from error
-    except StorageError:
-        raise
-    except ValueError as error:
-        # The client's own checks of bucket and object names.
-        raise storage_error(f"cannot {what} {url}", error) from error
+    started, pause = time.monotonic(), backoff.initial
+    while True:
+        try:
+            return request(_client(os.getpid(), *_endpoint(), limit / _ATTEMPTS_IN_LIMIT))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(url) from error
+        except (HttpError, ChecksumError, GoogleAuthError, OSError, ValueError, *_network_errors()) as error:
+            over = time.monotonic() - started + pause > backoff.total
+            if over or not (fault_of(error) in _MAY_PASS or isinstance(error, ChecksumError)):
+                raise storage_error(f"cannot {what} {url}", error) from error
+            retry_warning(url, f"cannot {what}: {reason_of(error)}")
+        time.sleep(pause)
+        pause = min(2 * pause, backoff.longest)
 
 
-def _may_pass(error: Exception) -> bool:
-    """Whether a failure may be gone at the next attempt."""
-    from google.api_core.exceptions import GoogleAPICallError
-    from google.auth.exceptions import TransportError
-    from google.cloud.storage.exceptions import DataCorruption
-    from requests import exceptions
-    from urllib3.exceptions import HTTPError
-
-    if isinstance(error, GoogleAPICallError):
-        code = int(error.code or 0)
-        return code in (408, 429) or code >= 500
-    broken = (exceptions.ConnectionError, exceptions.Timeout, exceptions.ChunkedEncodingError, HTTPError)
-    return isinstance(error, (*broken, TransportError, DataCorruption))
+_MAY_PASS = (Fault.SERVER, Fault.NETWORK, Fault.TIMEOUT)
 
 
 @functools.cache
-def _client(emulator: str) -> Client:
-    """One client per process (and emulator, which tests change): credentials are looked up once."""
-    # Else the client asks for the bucket's properties in the background, to label traces nobody takes.
-    os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
+def _network_errors() -> tuple[type[Exception], ...]:
+    """What gcsfs lets through of its HTTP clients; most of it is no OSError."""
+    from aiohttp import ClientError
+    from requests.exceptions import RequestException
+
+    return (ClientError, RequestException)
+
+
+@functools.lru_cache(maxsize=8)
+def _client(process: int, emulator: str, endpoint: str, seconds: float) -> GCSFileSystem:
+    """One client per process, address and time limit: credentials are looked up once.
+
+    Args:
+        process: its number; gcsfs's event loop does not survive a fork.
+        emulator: STORAGE_EMULATOR_HOST, which gcsfs reads itself.
+        endpoint: another address of Cloud Storage; "" for the usual one.
+        seconds: after which a request that hangs is given up.
+    """
+    del process
+    from gcsfs import GCSFileSystem
+
+    class Client(GCSFileSystem):
+        # Undecorated: gcsfs repeats a request six times and does not say so; `_call` does both.
+        _request = GCSFileSystem._request.__wrapped__  # type: ignore[attr-defined]
+
+    return Client(
+        access="read_only",
+        endpoint_url=endpoint.rstrip("/") or None,
+        token=_credentials(emulator),
+        requests_timeout=seconds,
+        session_kwargs={"trust_env": True},
+        skip_instance_cache=True,
+    )
+
+
+def _endpoint() -> tuple[str, str]:
+    """Where requests go: an emulator, and the address that TensorStore is given as well."""
+    emulator = os.environ.get("STORAGE_EMULATOR_HOST", "")
+    return emulator, "" if emulator else os.environ.get("TENSORSTORE_GCS_HTTP_URL", "")
+
+
+def _credentials(emulator: str) -> Any:
+    """Application Default Credentials; "anon" where there are none: public buckets can still be read."""
     from google import auth
     from google.auth.exceptions import DefaultCredentialsError
-    from google.cloud import storage
 
-    if emulator:
-        return storage.Client(project=None)
+    named = os.environ.get("GOOGLE_APPLICATION_CREDENTIALS")
+    if emulator and not named:
+        return "anon"
     try:
-        credentials, _ = auth.default(scopes=["https://www.googleapis.com/auth/devstorage.read_only"])
+        return auth.default(scopes=["https://www.googleapis.com/auth/devstorage.read_only"])[0]
     except DefaultCredentialsError:
-        if os.environ.get("GOOGLE_APPLICATION_CREDENTIALS"):
+        # TensorStore does the same. Credentials that were named and cannot be used are an error.
+        if named:
             raise
-        # As TensorStore does: without credentials, public buckets can still be read.
-        return storage.Client.create_anonymous_client()
-    return storage.Client(project=None, credentials=credentials)
+        return "anon"

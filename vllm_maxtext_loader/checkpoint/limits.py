@@ -6,11 +6,13 @@ One setting bounds everything: VLLM_MAXTEXT_TIMEOUT, the seconds without progres
 from __future__ import annotations
 
 import dataclasses
+import enum
+import errno
 import logging
 import os
 import re
 
-from vllm_maxtext_loader.errors import StorageError
+from vllm_maxtext_loader.errors import OptionError, StorageError
 
 logger = logging.getLogger("vllm." + __name__)
 
@@ -24,7 +26,7 @@ def no_progress_seconds() -> float:
     """Seconds without any progress after which a read is given up.
 
     Raises:
-        StorageError: VLLM_MAXTEXT_TIMEOUT is not a number of seconds.
+        OptionError: VLLM_MAXTEXT_TIMEOUT is not a number of seconds.
     """
     raw = os.environ.get(TIMEOUT_VARIABLE, "")
     if not raw:
@@ -34,7 +36,7 @@ def no_progress_seconds() -> float:
     except ValueError:
         seconds = -1.0
     if not 0 < seconds < 1e6:
-        raise StorageError(f"{TIMEOUT_VARIABLE} must be a number of seconds > 0, found {raw!r}.")
+        raise OptionError(f"{TIMEOUT_VARIABLE} must be a number of seconds > 0, found {raw!r}.")
     return seconds
 
 
@@ -88,7 +90,95 @@ def retry_warning(where: str, why: str) -> None:
         where: path of the object.
         why: what failed.
     """
-    logger.warning("Trying again: %s: %s", redact(where), brief(why, 300))
+    logger.warning("Trying again: %s: %s", printable(redact(where)), brief(why, 300))
+
+
+class Fault(enum.Enum):
+    """Why a storage did not give what it was asked for; decides what to do about it."""
+
+    PERMISSION = enum.auto()
+    SERVER = enum.auto()
+    TIMEOUT = enum.auto()
+    NETWORK = enum.auto()
+    OTHER = enum.auto()
+
+
+class NoProgressError(TimeoutError):
+    """Nothing arrived for the time limit.
+
+    Args:
+        message: what was waited for.
+        server_failed: whether the server answered with errors meanwhile.
+    """
+
+    def __init__(self, message: str, *, server_failed: bool) -> None:
+        super().__init__(message)
+        self.server_failed = server_failed
+
+
+def fault_of(error: BaseException) -> Fault:
+    """What kind of failure an exception is: by its type, errno, HTTP status or TensorStore status, never by its words.
+
+    Words and digits of a message may be a path's: a step may be named 403, and a run credentials-1.
+    """
+    if isinstance(error, NoProgressError):
+        return Fault.SERVER if error.server_failed else Fault.TIMEOUT
+    if (status := _http_status(error)) is not None:
+        if status in (401, 403):
+            return Fault.PERMISSION
+        return Fault.SERVER if status in (408, 429) or status >= 500 else Fault.OTHER
+    if isinstance(error, TimeoutError):
+        return Fault.TIMEOUT
+    module, name = type(error).__module__.partition(".")[0], type(error).__name__
+    if module == "google":
+        return Fault.NETWORK if name == "TransportError" else Fault.PERMISSION
+    if isinstance(error, ConnectionError) or module in ("aiohttp", "requests"):
+        return Fault.NETWORK
+    if isinstance(error, OSError):
+        return Fault.PERMISSION if error.errno in (errno.EACCES, errno.EPERM) else Fault.OTHER
+    return _TENSORSTORE_FAULTS.get(_tensorstore_status(error), Fault.OTHER)
+
+
+_TENSORSTORE_FAULTS = {
+    "PERMISSION_DENIED": Fault.PERMISSION,
+    "UNAUTHENTICATED": Fault.PERMISSION,
+    "DEADLINE_EXCEEDED": Fault.TIMEOUT,
+    "UNAVAILABLE": Fault.NETWORK,
+    "ABORTED": Fault.NETWORK,
+}
+"""TensorStore's status, where there is no HTTP status with it."""
+
+
+def _tensorstore_status(error: BaseException) -> str:
+    """The status a TensorStore exception begins with ("NOT_FOUND"); "" where it has none."""
+    status, separator, _ = str(error).partition(": ")
+    return status if separator and re.fullmatch("[A-Z_]+", status) else ""
+
+
+def _http_status(error: BaseException) -> int | None:
+    """The HTTP status an exception carries, None where it carries none. Written against gcsfs 2026.1.0 retry.py."""
+    if (module := type(error).__module__.partition(".")[0]) == "gcsfs":
+        code = str(getattr(error, "code", ""))
+        return int(code) if code.isdigit() else None
+    if module == "requests" and type(error).__name__ == "ProxyError":
+        return 502
+    # gcsfs's plain OSError stands for 403, and only for that.
+    if type(error) is OSError and error.errno is None:
+        return 403
+    if _tensorstore_status(error):
+        codes = re.findall(r" \[http_response_code='(\d+)'\]", str(error))
+        return int(codes[-1]) if codes else None
+    return None
+
+
+def reason_of(error: BaseException) -> str:
+    """What a client library said, on one line, beginning with the HTTP status if there is one."""
+    status, text = _http_status(error), brief(str(error))
+    if status is None or _tensorstore_status(error):
+        return text or ("timed out" if isinstance(error, TimeoutError) else type(error).__name__)
+    # gcsfs repeats the request's address and the status.
+    text = re.sub(r"^Forbidden: \S+ ?|, \d{3}$", "", text)
+    return f"HTTP {status}: {text}" if text else f"HTTP {status}"
 
 
 def storage_error(what: str, error: BaseException) -> StorageError:
@@ -98,46 +188,48 @@ def storage_error(what: str, error: BaseException) -> StorageError:
         what: "cannot read gs://…".
         error: what the client library raised.
     """
-    detail = brief(str(error)) or type(error).__name__
-    kind = f"{type(error).__name__} {detail}".lower()
-    codes = set(re.findall(r"(?<![\w.])[45]\d\d(?!\w)", kind))
-    if codes & {"401", "403"} or any(
-        word in kind for word in ("permission", "forbidden", "unauthenticated", "credentials", "refresherror")
-    ):
-        advice = (
-            "Give the account storage.objects.get and storage.objects.list on the bucket: "
-            "`gcloud auth application-default login`, a service account on the VM, or "
-            "GOOGLE_APPLICATION_CREDENTIALS=key.json."
-            if "gs://" in what
-            else "Make the files, and every directory above them, readable for the user this runs as."
-        )
-    elif codes & {"408", "429", "500", "502", "503", "504"}:
-        advice = "The storage failed at every attempt: try again later."
-    elif any(word in kind for word in ("timeout", "deadline", "timed out")):
-        advice = f"The storage did not answer in time; {TIMEOUT_VARIABLE} (seconds) raises the limit."
-    elif any(word in kind for word in ("refused", "resolve", "unreachable", "connection", "curl")):
-        advice = "Every attempt to reach the storage failed, or broke off: check the network, then try again."
-    else:
-        advice = "Check that the path is right and readable from this machine."
-    return StorageError(f"{redact(what)}: {detail.rstrip('.')}. {advice}")
+    match fault_of(error):
+        case Fault.PERMISSION if " gs://" in what:
+            advice = (
+                "Give the account storage.objects.get and storage.objects.list on the bucket: "
+                "`gcloud auth application-default login`, a service account on the VM, or "
+                "GOOGLE_APPLICATION_CREDENTIALS=key.json. If the answer names another reason (billing, a service "
+                "perimeter), ask the bucket's owner."
+            )
+        case Fault.PERMISSION:
+            advice = "Make the files, and every directory above them, readable for the user this runs as."
+        case Fault.SERVER:
+            advice = "The storage failed at every attempt: try again later."
+        case Fault.TIMEOUT:
+            advice = f"The storage did not answer in time; {TIMEOUT_VARIABLE} (seconds) raises the limit."
+        case Fault.NETWORK:
+            advice = (
+                "Every attempt to reach the storage failed, or broke off: check the network, then try again."
+            )
+        case Fault.OTHER:
+            advice = "Check that the path is right and readable from this machine."
+    return StorageError(f"{redact(printable(what))}: {reason_of(error).rstrip('.')}. {advice}")
+
+
+def printable(text: str) -> str:
+    """`text` with every character that a terminal would not show as itself escaped: line breaks, ESC, bidi marks."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
 def brief(text: str, most: int = 600) -> str:
     """What a client library said, on one line, without secrets, source locations and copies of its input."""
     for pattern, replacement in _NOISE:
         text = re.sub(pattern, replacement, text)
-    return redact(" ".join(text.split()))[:most]
+    return printable(redact(" ".join(text.split())))[:most]
 
 
 _NOISE: tuple[tuple[str, str], ...] = (
     (r"(?s) \[source locations=.*", ""),
     (r" \[(?:tensorstore_spec|http_response_body)='(?:[^'\\]|\\.)*'\]", ""),
     (r" \[http_response_code='(\d+)'\]", r" (HTTP \1)"),
-    (r"(?s): \('Request failed with status code'.*", ""),
-    (r"\b(\d{3}) (?:GET|HEAD) https?://\S+: ", r"HTTP \1: "),
     (
         r"HTTPS?ConnectionPool\(host='([^']*)', port=(\d+)\): (?:Max retries exceeded with url: \S+ )?",
         r"\1:\2: ",
     ),
 )
-"""What TensorStore, google-cloud-storage and requests say beyond the reason, and what is left of it."""
+"""What TensorStore and the HTTP clients say beyond the reason, and what is left of it."""

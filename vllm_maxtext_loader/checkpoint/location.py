@@ -20,6 +20,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 
+from vllm_maxtext_loader.checkpoint.limits import printable
 from vllm_maxtext_loader.checkpoint.storage import Location
 from vllm_maxtext_loader.errors import (
     CheckpointNotFoundError,
@@ -35,6 +36,7 @@ logger = logging.getLogger("vllm." + __name__)
 TREE_METADATA = "_METADATA"
 STEP_METADATA = "_CHECKPOINT_METADATA"
 COMMIT_FILE = "commit_success.txt"
+RUN_CHECKPOINTS = "checkpoints"
 TMP_MARK = ".orbax-checkpoint-tmp"
 ITEM_NAMES = ("items", "model_params", "default", "state", "params", "pytree")
 """Item directories in order of preference: MaxText's, Tunix's, then Orbax's own defaults."""
@@ -67,7 +69,7 @@ def locate(path: str | os.PathLike[str], step: int | None = None) -> ItemLocatio
     that is skipped because it is not committed.
 
     Args:
-        path: items directory, step directory or run's checkpoint directory; local or gs://.
+        path: items directory, step directory, run's checkpoint directory or the run's directory above it; local or gs://.
         step: step to take from a run's checkpoint directory; None means the newest committed one.
 
     Raises:
@@ -107,7 +109,7 @@ def _list(location: Location) -> list[str]:
     except FileNotFoundError:
         if not location.is_remote and os.path.islink(location.url):
             raise CheckpointNotFoundError(
-                f"{location}: is a symbolic link to {os.readlink(location.url)}, which does not exist."
+                f"{location}: is a symbolic link to {printable(os.readlink(location.url))}, which does not exist."
             ) from None
     if location.parent is not None and location.is_file():
         raise NotACheckpointError(
@@ -124,7 +126,7 @@ def _beside(location: Location) -> str:
         siblings = parent.listdir(most=8) if parent is not None else []
     except (OSError, MaxTextLoadError):
         siblings = []
-    return f" {parent} holds: {', '.join(siblings)}." if siblings else " Check the path."
+    return f" {parent} holds: {printable(', '.join(siblings))}." if siblings else " Check the path."
 
 
 def _item_of(directory: Location, names: Sequence[str]) -> Location | None:
@@ -150,6 +152,10 @@ def _item_of(directory: Location, names: Sequence[str]) -> Location | None:
 
 def _from_run(run: Location, names: Sequence[str], step: int | None) -> ItemLocation:
     """Picks a step of a run's checkpoint directory: the wanted one, or the newest committed."""
+    if RUN_CHECKPOINTS in names and not any(STEP_NAME.fullmatch(name) for name in names):
+        inside = run / RUN_CHECKPOINTS
+        logger.info("%s is a run's directory: taking its checkpoints from %s", run, inside)
+        return _from_run(inside, _list(inside), step)
     steps = _steps(run, names)
     if step is not None:
         if step not in steps:
@@ -184,10 +190,6 @@ def _steps(run: Location, names: Iterable[str]) -> dict[int, str]:
         raise UncommittedCheckpointError(
             f"{run}: holds only temporary directories ({_some(names)}): no step was ever committed. The "
             "writer is still at work or died: wait for it."
-        )
-    if "checkpoints" in names:
-        raise NotACheckpointError(
-            f"{run}: is a run's directory; its checkpoints are in {run / 'checkpoints'}."
         )
     raise NotACheckpointError(
         f"{run}: is no Orbax checkpoint: no {TREE_METADATA} here, no {' or '.join(ITEM_NAMES[:2])} "
@@ -277,7 +279,7 @@ def _refuse_temporary(location: Location) -> None:
     for part in location.url.split("/"):
         if TMP_MARK in part:
             raise UncommittedCheckpointError(
-                f"{location}: {part} is a temporary directory: its writer has not finished, or died. Wait "
+                f"{location}: {printable(part)} is a temporary directory: its writer has not finished, or died. Wait "
                 "for it, or choose another step."
             )
 
@@ -304,4 +306,4 @@ def _parse(location: Location, raw: bytes) -> dict[str, object]:
 
 def _some(names: Iterable[str], most: int = 12) -> str:
     listed = list(names)
-    return ", ".join(listed[:most]) + (f", … ({len(listed)} in all)" if len(listed) > most else "")
+    return printable(", ".join(listed[:most])) + (f", … ({len(listed)} in all)" if len(listed) > most else "")

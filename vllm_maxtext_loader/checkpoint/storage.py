@@ -1,6 +1,6 @@
 """A directory on a disk or in a bucket, and how to read it: small files here, arrays by TensorStore.
 
-Google's client reads the small files, TensorStore's own client the arrays. Both use Application Default
+gcsfs reads the small files, TensorStore's own client the arrays. Both use Application Default
 Credentials, and public buckets without any. What bounds them is in `limits`.
 """
 
@@ -8,12 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
+import urllib.parse
 from pathlib import Path
 
 import tensorstore as ts
 
 from vllm_maxtext_loader.checkpoint import bucket
-from vllm_maxtext_loader.checkpoint.limits import Backoff, no_progress_seconds, redact, storage_error
+from vllm_maxtext_loader.checkpoint.limits import (
+    Backoff,
+    no_progress_seconds,
+    printable,
+    redact,
+    storage_error,
+)
 from vllm_maxtext_loader.checkpoint.waiting import abort_stalled_transfers
 from vllm_maxtext_loader.errors import CheckpointNotFoundError
 
@@ -33,24 +41,45 @@ class Location:
         """Normalises what a user typed.
 
         Raises:
-            CheckpointNotFoundError: the path is empty, no path at all, or of a scheme that is not supported.
+            CheckpointNotFoundError: the path is empty, no path at all, of a scheme that is not supported, or not
+                valid.
         """
         text = os.fsdecode(path).strip()
         if not text:
             raise CheckpointNotFoundError("The checkpoint path is empty. Give a local path or a gs:// URL.")
         if "\0" in text or not is_unicode(text):
-            raise CheckpointNotFoundError(f"{text!r}: is no path: it has characters no file name may have.")
-        if text.startswith("file://"):
-            text = text[len("file://") :]
+            raise CheckpointNotFoundError(
+                f"{printable(text)}: is not a valid path: it has characters no file name may have."
+            )
+        if (pasted := gs_form(text)) is not None:
+            raise CheckpointNotFoundError(
+                f"{printable(redact(text.partition('?')[0]))}: is a web address of an object in a bucket. Give {printable(pasted)}."
+            )
         scheme, separator, rest = text.partition("://")
+        if separator and scheme == "file":
+            host, _, rest = rest.partition("/")
+            if host not in ("", "localhost"):
+                raise CheckpointNotFoundError(
+                    f"{printable(redact(text))}: names a file of another machine, {printable(host)}. Give a local path or a gs:// URL."
+                )
+            return cls(os.path.abspath(f"/{rest}"))
         if separator and scheme not in ("gs", "gcs"):
             raise CheckpointNotFoundError(
-                f"{redact(text)}: the scheme {scheme}:// is not supported. Give a local path or a gs:// URL."
+                f"{printable(redact(text))}: the scheme {printable(scheme)}:// is not supported. Give a local path or a gs:// URL."
             )
         if separator:
             parts = [part for part in rest.split("/") if part]
             if not parts:
                 raise CheckpointNotFoundError(f"{text}: names no bucket. Give gs://BUCKET/path.")
+            if not _BUCKET_NAME.fullmatch(parts[0]) or ".." in parts[0]:
+                raise CheckpointNotFoundError(
+                    f"{printable(redact(text))}: {printable(redact(parts[0]))} is not a valid bucket name: 3 to 63 (with dots, 222) lowercase "
+                    f"letters, digits, dashes, underscores and dots, a letter or digit at both ends."
+                )
+            if not rest.isprintable() or {".", ".."} & set(parts):
+                raise CheckpointNotFoundError(
+                    f"{printable(redact(text))}: is not a valid object name: it has a character that is not printable, or . or .. as a part."
+                )
             return cls("gs://" + "/".join(parts))
         return cls(os.path.abspath(os.path.expanduser(text)))
 
@@ -76,7 +105,7 @@ class Location:
         return Location(f"{self.url.rstrip('/')}/{name}")
 
     def __str__(self) -> str:
-        return redact(self.url)
+        return printable(redact(self.url))
 
     def listdir(self, most: int | None = None) -> list[str]:
         """Names of the entries of this directory, sorted. In a bucket: one request per 1000 entries.
@@ -137,6 +166,33 @@ class Location:
             name, path = bucket.split(self.url)
             return {"driver": "gcs", "bucket": name, "path": f"{path}/" if path else ""}
         return {"driver": "file", "path": f"{self.url.rstrip('/')}/"}
+
+
+_BUCKET_NAME = re.compile(
+    r"(?=.{3,222}$)[a-z0-9](?:[a-z0-9_-]{0,61}[a-z0-9])?(?:\.[a-z0-9](?:[a-z0-9_-]{0,61}[a-z0-9])?)*"
+)
+"""https://cloud.google.com/storage/docs/buckets#naming; TensorStore refuses other names as well."""
+
+_WEB_PATHS = {
+    "storage.googleapis.com": r"/(?:storage/v1/b/)?(?P<bucket>[^/]+)(?:/o)?(?:/(?P<path>.*))?",
+    "www.googleapis.com": r"/storage/v1/b/(?P<bucket>[^/]+)(?:/o)?(?:/(?P<path>.*))?",
+    "storage.cloud.google.com": r"/(?P<bucket>[^/]+)(?:/(?P<path>.*))?",
+    "console.cloud.google.com": r"/storage/browser/(?:_details/)?(?P<bucket>[^/;]+)(?:/(?P<path>[^;]*))?(?:;.*)?",
+}
+"""By host, the paths of Cloud Storage's web addresses."""
+
+
+def gs_form(address: str) -> str | None:
+    """The gs:// form of a pasted web address of Cloud Storage; None where it is none."""
+    parts = urllib.parse.urlsplit(address) if address.startswith(("https://", "http://")) else None
+    if parts is None:
+        return None
+    host, path = parts.netloc.rpartition("@")[2].lower(), urllib.parse.unquote(parts.path)
+    bucket = host.removesuffix(".storage.googleapis.com")
+    if bucket != host:
+        return f"gs://{bucket}{path}".rstrip("/")
+    found = re.fullmatch(_WEB_PATHS[host], path) if host in _WEB_PATHS else None
+    return f"gs://{found['bucket']}/{found['path'] or ''}".rstrip("/") if found else None
 
 
 def tensorstore_context() -> ts.Context:

@@ -17,9 +17,9 @@ import ml_dtypes
 import numpy as np
 import tensorstore as ts
 
-from vllm_maxtext_loader.checkpoint.arrays import Format, open_arrays
+from vllm_maxtext_loader.checkpoint.arrays import MANIFEST, Format, open_arrays
 from vllm_maxtext_loader.checkpoint.location import TREE_METADATA, ItemLocation
-from vllm_maxtext_loader.checkpoint.storage import Location, is_unicode
+from vllm_maxtext_loader.checkpoint.storage import Location
 from vllm_maxtext_loader.errors import (
     CorruptMetadataError,
     UnknownModelError,
@@ -223,10 +223,9 @@ def _parse(items: Location) -> tuple[list[tuple[str, ...]], Format]:
         ) from error
     for key in keys:
         if not key or any(
-            not part or "/" in part or "\0" in part or part in (".", "..") or not is_unicode(part)
-            for part in key
+            not part or "/" in part or part in (".", "..") or not part.isprintable() for part in key
         ):
-            raise CorruptMetadataError(f"{path}: is damaged: {key!r} is no name of an array. {advice}")
+            raise CorruptMetadataError(f"{path}: is damaged: {key!a} is not a valid array name. {advice}")
     if any(flag is not None and not isinstance(flag, bool) for flag in flags):
         raise CorruptMetadataError(
             f"{path}: is damaged: use_ocdbt, use_zarr3 and the like are {flags}. {advice}"
@@ -240,7 +239,7 @@ def _parse(items: Location) -> tuple[list[tuple[str, ...]], Format]:
         )
     if ocdbt is None:
         # As Orbax does for trees that do not record it.
-        ocdbt = (items / "manifest.ocdbt").is_file()
+        ocdbt = (items / MANIFEST).is_file()
     return keys, Format(ocdbt=ocdbt, zarr3=bool(zarr3), complete=bool(complete))
 
 
