@@ -17,7 +17,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from rich._export_format import CONSOLE_SVG_FORMAT
 from rich.console import Console
 from rich.text import Text
 
@@ -30,9 +29,6 @@ IMAGES = ROOT / "docs" / "images"
 CHECKPOINT = "tests/fixtures/dense_v2/checkpoints"
 COLUMNS = 100
 SUMMARY = re.compile(r"Loaded .+ step \d+: .+")
-
-# Rich's template loads a font from the network; a picture in a repository must not.
-SVG_FORMAT = re.sub(r"@font-face \{\{.*?\n    \}\}\n", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
 
 
 def recording_console() -> Console:
@@ -49,6 +45,11 @@ def recording_console() -> Console:
     )
 
 
+def to_svg(console: Console, title: str) -> str:
+    """What the console recorded, without Rich's web font: a picture must load nothing from the network."""
+    return re.sub(r"@font-face \{.*?\}\s*", "", console.export_svg(title=title), flags=re.DOTALL)
+
+
 def inspect_svg() -> str:
     """What `vllm-maxtext inspect` prints about a fixture, its path relative to the repository."""
     found = inspect_checkpoint(ROOT / CHECKPOINT)
@@ -59,7 +60,7 @@ def inspect_svg() -> str:
     show_inspection(
         console, dataclasses.replace(found, tree=dataclasses.replace(found.tree, location=shown))
     )
-    return console.export_svg(title=f"vllm-maxtext inspect {CHECKPOINT}", code_format=SVG_FORMAT)
+    return to_svg(console, f"vllm-maxtext inspect {CHECKPOINT}")
 
 
 def summary_svg() -> str:
@@ -76,7 +77,7 @@ def summary_svg() -> str:
         raise SystemExit(f"no summary line in the demo's output:\n{done.stderr[-2000:]}")
     console = recording_console()
     console.print(Text(match[0].replace(f"{ROOT}/", "")))
-    return console.export_svg(title="python examples/offline.py", code_format=SVG_FORMAT)
+    return to_svg(console, "python examples/offline.py")
 
 
 def main() -> None:
