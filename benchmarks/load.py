@@ -1,7 +1,7 @@
 """How fast, and in how much host memory, weights get into the engine; compared in one run.
 
     python benchmarks/load.py --gib 3 --shapes 26b --rounds 5
-    python benchmarks/load.py --gib 1.5 3 4 --rounds 3 --loaders direct
+    python benchmarks/load.py --gib 1.5 3 4 --rounds 3 --loaders direct --plot docs/images/load.svg
 
 For every size it makes a checkpoint pair of real layer shapes: a MaxText v2 scanned checkpoint written by Orbax with
 sharded chunks, as MaxText does, and the same weights as Hugging Face safetensors (by this package's export). Then each
@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import importlib.util
 import json
 import os
 import platform
@@ -460,6 +461,46 @@ def report(gib: float, results: dict[str, list[dict[str, float]]], floors: list[
             print(f"chunks decoded by {loader}: {counts}, of {floors[0]['chunks']} that are stored")
 
 
+def plot(
+    file: Path, sizes: list[float], measured: dict[str, list[list[dict[str, float]]]], title: str
+) -> None:
+    """Draws load time and peak host memory over size, one line per loader.
+
+    Args:
+        file: where to; its suffix chooses the format.
+        sizes: GiB of weights.
+        measured: loader -> rounds per size, with "seconds" and, for loaders, "peak_bytes".
+        title: what was measured, and on what.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    # Without a salt the ids in an SVG differ from run to run.
+    matplotlib.rcParams["svg.hashsalt"] = "load"
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure.suptitle(title, fontsize="small")
+    time_axes, memory_axes = figure.subplots(1, 2)
+    for name, rounds in measured.items():
+        points = [(gib, rows) for gib, rows in zip(sizes, rounds, strict=True) if rows]
+        if not points:
+            continue
+        x = [gib for gib, _ in points]
+        seconds = [[row["seconds"] for row in rows] for _, rows in points]
+        medians = [statistics.median(values) for values in seconds]
+        below = [median - min(values) for median, values in zip(medians, seconds, strict=True)]
+        above = [max(values) - median for median, values in zip(medians, seconds, strict=True)]
+        style = "o-" if name in LOADERS else "o--"
+        time_axes.errorbar(x, medians, yerr=(below, above), fmt=style, capsize=3, label=name)
+        if name in LOADERS:
+            peaks = [statistics.median(row["peak_bytes"] for row in rows) / GIB for _, rows in points]
+            memory_axes.plot(x, peaks, style, label=name)
+    memory_axes.plot(sizes, sizes, "k:", label="the weights themselves")
+    for axes, label in ((time_axes, "seconds, median and range"), (memory_axes, "peak host memory, GiB")):
+        axes.set(xlabel="weights, GiB", ylabel=label, xlim=(0, None), ylim=(0, None))
+        axes.legend()
+    figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
+
+
 def main() -> None:
     """Parses the command line; `--make`, `--measure` and `--floor` are what it calls itself with."""
     if len(sys.argv) > 1 and sys.argv[1] == "--make":
@@ -482,13 +523,21 @@ def main() -> None:
     parser.add_argument(
         "--maxtext", type=Path, help="python of an environment with MaxText, for the offline route"
     )
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw time and memory over size; needs matplotlib"
+    )
     args = parser.parse_args()
-    print(
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib, which is among the development dependencies")
+    machine = (
         f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
         + ", ".join(
             f"{name} {version(name)}" for name in ("vllm-tpu", "jax", "orbax-checkpoint", "tensorstore")
         )
     )
+    print(machine)
+    sizes: list[float] = []
+    measured: dict[str, list[list[dict[str, float]]]] = {name: [] for name in (*args.loaders, "TensorStore")}
     for gib in args.gib:
         directory = Path(tempfile.mkdtemp(prefix="load-", dir=args.directory))
         try:
@@ -503,6 +552,10 @@ def main() -> None:
                     if row := in_process("--measure", loader, str(checkpoint), str(hf)):
                         results[loader].append(row)
             report(actual, results, floors)
+            sizes.append(actual)
+            for loader, rows in results.items():
+                measured[loader].append(rows)
+            measured["TensorStore"].append([{"seconds": row["tensorstore_seconds"]} for row in floors])
             if args.maxtext and (route := offline(args.maxtext, directory, dims, checkpoint)):
                 print(
                     f"{'offline':<12}{route['seconds']:>22.2f}, once: to_huggingface alone, without imports; peak/weights "
@@ -510,6 +563,9 @@ def main() -> None:
                 )
         finally:
             shutil.rmtree(directory)
+    if args.plot:
+        title = f"{args.shapes} layer shapes, {args.rounds} rounds; JAX on the CPU, where device memory is host memory"
+        plot(args.plot, sizes, measured, f"{title}\n{machine}")
 
 
 if __name__ == "__main__":

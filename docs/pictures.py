@@ -57,9 +57,7 @@ def inspect_svg() -> str:
     items = Path(location.items.url).relative_to(ROOT)
     shown = dataclasses.replace(location, items=Location(str(items)))
     console = recording_console()
-    show_inspection(
-        console, dataclasses.replace(found, tree=dataclasses.replace(found.tree, location=shown))
-    )
+    show_inspection(console, dataclasses.replace(found, tree=dataclasses.replace(found.tree, location=shown)))
     return to_svg(console, f"vllm-maxtext inspect {CHECKPOINT}")
 
 

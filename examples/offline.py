@@ -3,8 +3,8 @@
     python examples/offline.py                                  # the tiny checkpoint in tests/fixtures, on any machine
     python examples/offline.py gs://bucket/run/checkpoints google/gemma-4-26B-A4B-it --tensor-parallel-size 8
 
-Without a TPU, set JAX_PLATFORMS=cpu (the first form does so itself): tpu-inference then runs with plain JAX in place of
-its TPU kernels. Right, but slow: for tests.
+Without a TPU, set JAX_PLATFORMS=cpu (the first form sets it): tpu-inference then runs with plain JAX in place of its
+TPU kernels. Correct but slow: for tests.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ DEMO_CONFIG = ROOT / "tests" / "fixtures" / "hf" / "moe"
 
 
 def main() -> None:
-    """Loads the checkpoint and prints what the model says."""
+    """Loads the checkpoint and prints what the model generates."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def demo(max_tokens: int) -> None:
-    """The main job on a checkpoint that MaxText wrote: 12 random layers with 8 experts, so the words mean nothing."""
+    """Loads a tiny checkpoint that MaxText wrote: 12 random layers with 8 experts, so its text means nothing."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from vllm import LLM, SamplingParams
@@ -61,7 +61,7 @@ def demo(max_tokens: int) -> None:
     from tiny_tokenizer import write_tokenizer
 
     with tempfile.TemporaryDirectory() as directory:
-        # Its dimensions are no published Gemma 4's, so the configuration is given; a real model needs none.
+        # No published Gemma 4 has these dimensions, so the configuration is given; a real model needs none.
         llm = LLM(
             model=str(DEMO_CONFIG),
             tokenizer=str(write_tokenizer(Path(directory), vocab_size=320)),

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Serve a MaxText Gemma 4 checkpoint over HTTP and ask it something.
+# Serve a MaxText Gemma 4 checkpoint over HTTP and send one request.
 #
 #   examples/serve.sh gs://bucket/run/checkpoints google/gemma-4-26B-A4B-it [vllm serve options]
 #
-# The checkpoint may be a run's checkpoint directory (newest committed step), a step, or an items directory.
+# The checkpoint is a run or its checkpoint directory (newest committed step), a step, or an items directory.
 # Another step:      --model-loader-extra-config '{"step": 1000}'
 # Eight TPU chips:   --tensor-parallel-size 8
+# Longest request:   --max-model-len 8192
 set -euo pipefail
 checkpoint=${1:?usage: serve.sh CHECKPOINT TOKENIZER [options]}
 tokenizer=${2:?usage: serve.sh CHECKPOINT TOKENIZER [options]}

@@ -1,6 +1,6 @@
 """A tokenizer for models of a few hundred tokens: one token per byte, Gemma's special tokens and chat markers.
 
-A real checkpoint is served with the tokenizer of its model; the tiny ones of this repository have no such thing.
+A real checkpoint is served with the tokenizer of its model. The tiny checkpoints of this repository have none.
 """
 
 from __future__ import annotations

