@@ -171,7 +171,7 @@ def test_file_that_is_none(sums: Path, damage: Callable[[str], str], says: str) 
     with pytest.raises(errors.OptionError, match=says) as raised:
         checksums.read(sums)
     assert f"checksums {sums}: " in str(raised.value)
-    assert "vllm-maxtext checksum CKPT > FILE" in str(raised.value)
+    assert "vllm-maxtext checksum CKPT --output FILE" in str(raised.value)
 
 
 def test_no_file(tmp_path: Path) -> None:

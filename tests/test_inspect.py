@@ -17,7 +17,7 @@ from support.checkpoints import Tree, cases
 from vllm_maxtext_loader.checkpoint.tree import Leaf
 from vllm_maxtext_loader.errors import CheckpointNotFoundError
 from vllm_maxtext_loader.inspect_checkpoint import container_of, count_chunks, inspect_checkpoint
-from vllm_maxtext_loader.tables import _show_leaves, fold, ranges, show_inspection, size
+from vllm_maxtext_loader.tables import _show_leaves, ranges, show_inspection, size
 
 Edited = Callable[..., Path]
 
@@ -166,15 +166,6 @@ def test_layers_alike_are_shown_once() -> None:
 def test_chunks_are_counted() -> None:
     leaf = Leaf("params.x", ("x",), (10, 7), np.dtype(np.float32), (4, 7))
     assert count_chunks(leaf) == 3
-
-
-def test_fold_breaks_after_dots() -> None:
-    name = "mlp.moe_block.MoeBlock_0.per_expert_scale"
-    assert fold(name, 80) == name
-    lines = fold(name, 25, "  ").split("\n")
-    assert lines == ["  mlp.moe_block.", "    MoeBlock_0.", "    per_expert_scale"]
-    assert fold("a.b_" + "c" * 9, 12, "  ").split("\n") == ["  a.b_", "    ccccccccc"]
-    assert "".join(line.strip() for line in fold("a" * 40 + ".b", 10).split("\n")) == "a" * 40 + ".b"
 
 
 def test_eighty_columns_at_full_size() -> None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from vllm_maxtext_loader.checkpoint.tree import Leaf
 
 FORMAT = "vllm-maxtext-checksums 1"
-_AGAIN = "Make them anew: vllm-maxtext checksum CKPT > FILE."
+_AGAIN = "Regenerate them: vllm-maxtext checksum CKPT --output FILE."
 _HEX_DIGITS = 8
 
 

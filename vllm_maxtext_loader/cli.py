@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import enum
 import importlib.metadata
 import inspect as inspection
 import io
+import os
 import sys
 from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
-from vllm_maxtext_loader.terminal import DIFFERENT, console, print_json, progress, sigterm_raises, tidy
+from vllm_maxtext_loader.checkpoint.limits import printable
+from vllm_maxtext_loader.terminal import (
+    DIFFERENT,
+    console,
+    print_json,
+    progress,
+    sigterm_raises,
+    tidy,
+)
 
 app = typer.Typer(
     name="vllm-maxtext",
@@ -38,8 +49,8 @@ ModelName = Annotated[
     str | None,
     typer.Option(
         "--model-name",
-        help="gemma4-26b, gemma4-31b, gemma4-e2b or gemma4-e4b: where to take from what shapes cannot tell "
-        "(sliding window, rope, top-k). Default: chosen by shape.",
+        help="gemma4-26b, gemma4-31b, gemma4-e2b or gemma4-e4b: the published model that gives what shapes "
+        "do not tell (sliding window, rope, top-k). Default: the one with the checkpoint's dimensions.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, to stdout.")]
@@ -68,7 +79,10 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
     return app.command(help="\n\n".join(flowing))(function)
 
 
-@app.callback(epilog="Exit codes: 0 good, 1 the check found differences, 2 unusable input or usage.")
+@app.callback(
+    epilog="Exit codes: 0 good, 1 the check found differences, 2 unusable input or usage, 70 a fault of "
+    "vllm-maxtext-loader, 130 interrupted. VLLM_MAXTEXT_DEBUG=1 prints the traceback of an error."
+)
 def _main(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
@@ -76,32 +90,48 @@ def _main(
 ) -> None:
     """Look into, check and export MaxText's Gemma 4 checkpoints.
 
-    Serving needs none of it: vllm serve CKPT --load-format maxtext reads them as they are.
+    None of it is needed to serve: vllm serve CKPT --load-format maxtext reads the checkpoint itself.
     """
 
 
 @_command
 def inspect(
-    checkpoint: Checkpoint, step: StepOption = None, model_name: ModelName = None, as_json: AsJson = False
+    checkpoint: Checkpoint,
+    step: StepOption = None,
+    model_name: ModelName = None,
+    values: Annotated[
+        bool,
+        typer.Option(
+            "--values",
+            help="Also read all array data, once: minimum, maximum, mean, zeros, NaN and infinities per leaf.",
+        ),
+    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show what is in a checkpoint and whether it would load.
 
-    Reads metadata only: a second, whatever its size.
+    Without --values only metadata is read: a second, whatever the size, and "would load" does not mean that the
+    data files are there or hold numbers. With --values a missing or damaged chunk is an error, and a NaN, an
+    infinity or a leaf of zeros is exit code 1.
 
     [bold]Examples[/bold]
       vllm-maxtext inspect gs://bucket/run/checkpoints
       vllm-maxtext inspect /ckpt/run/checkpoints --step 1000
       vllm-maxtext inspect CKPT --json | jq .loads
+      vllm-maxtext inspect CKPT --values
 
     [bold]Exit codes[/bold]
       0  it would load
-      2  it would not, or there is no checkpoint
+      1  with --values: a value is not finite, or a leaf is all zero
+      2  it would not load, or there is no checkpoint
+      70 a fault of vllm-maxtext-loader, not of the input
 
     [bold]Keys of --json[/bold]
       checkpoint, requested  paths; step: int or null
       loads, needs_config    bool; the latter: only with a configuration
                              or a model name
       error                  null, or {type, message}: why it would not load
+      values_ok              bool; null without --values
       model                  {name, published, dims}
       layout                 {description, title, scan_axis, blocks, layers}
       wrapper                what wrote it
@@ -110,16 +140,23 @@ def inspect(
       bytes, skipped_bytes   decoded
       tensors                number of Hugging Face tensors it makes
       leaves                 {key, name, container, shape, dtype, chunk,
-                             chunks, bytes} each
+                             chunks, bytes, values} each
+      leaves[].values        null without --values, and for leaves that a load
+                             does not read; else {count, min, max, mean,
+                             zero_share, nan, inf}, of the finite values
       skipped                {reason, arrays, bytes} each
       steps                  {step, committed, detail} each
       notes                  sentences
       model.dims, layout and tensors are null where the model is not understood.
     """
     with tidy():
-        from vllm_maxtext_loader.inspect_checkpoint import inspect_checkpoint
+        from vllm_maxtext_loader.inspect_checkpoint import inspect_checkpoint, read_values
 
         found = inspect_checkpoint(checkpoint, step=step, model_name=model_name)
+        if values and found.plan is not None and found.error is None:
+            with progress(found.plan.nbytes, "Reading") as on_piece:
+                read = read_values(found.plan, found.tree, on_piece)
+            found = dataclasses.replace(found, values=read)
         if as_json:
             print_json(found.to_json())
         else:
@@ -128,6 +165,8 @@ def inspect(
             show_inspection(console(), found)
         if found.error is not None:
             raise found.error
+        if found.values_ok is False:
+            raise typer.Exit(DIFFERENT)
 
 
 @_command
@@ -157,6 +196,7 @@ def verify(
       0  the same
       1  differences
       2  unusable input
+      70 a fault of vllm-maxtext-loader, not of the input
 
     [bold]Keys of --json[/bold]
       checkpoint, hf_dir  paths
@@ -219,7 +259,8 @@ def export(
     """Write a checkpoint as a Hugging Face directory that transformers and vLLM load.
 
     Needs as much disk as the model has bytes, and little memory. OUT_DIR appears when everything in it is
-    complete; until then it is a hidden directory beside it, removed when the export fails or is interrupted.
+    complete; until then the files are in a hidden directory next to it, which is removed when the export fails or is
+    interrupted.
 
     [bold]Examples[/bold]
       vllm-maxtext export gs://bucket/run/checkpoints ./tuned --dtype bfloat16
@@ -228,6 +269,7 @@ def export(
     [bold]Exit codes[/bold]
       0  written
       2  unusable input, or no space
+      70 a fault of vllm-maxtext-loader, not of the input
     """
     with tidy():
         from vllm_maxtext_loader.api import open_checkpoint
@@ -251,39 +293,58 @@ def export(
                 on_piece=on_piece,
             )
         for note in done.notes:
-            typer.echo(f"note: {note}", err=True)
+            typer.echo(f"note: {printable(note)}", err=True)
         files = f"{done.shards} file{'s' if done.shards > 1 else ''}"
         typer.echo(f"Wrote {done.tensors} tensors, {size(done.nbytes)}, in {files} to {done.path}")
 
 
 @_command
-def checksum(checkpoint: Checkpoint, step: StepOption = None) -> None:
+def checksum(
+    checkpoint: Checkpoint,
+    step: StepOption = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Local file that is written when all data was read, or not at all. Default: stdout.",
+        ),
+    ] = None,
+) -> None:
     """Take checksums of a checkpoint's array data, which Orbax does not store, and print them as JSON.
 
     Every leaf of the model is read once. A load that is given the file compares what it reads with it, at no
     extra read: --model-loader-extra-config '{"checksums": "FILE"}'.
 
     [bold]Examples[/bold]
-      vllm-maxtext checksum gs://bucket/run/checkpoints --step 1000 > step-1000.crc
+      vllm-maxtext checksum gs://bucket/run/checkpoints --step 1000 -o 1000.crc
+      vllm-maxtext checksum CKPT > FILE
 
     [bold]Exit codes[/bold]
       0  done
-      2  unusable input
+      2  unusable input, or FILE cannot be written
+      70 a fault of vllm-maxtext-loader, not of the input
     """
     with tidy():
         from vllm_maxtext_loader import checksums
         from vllm_maxtext_loader.api import open_checkpoint
+        from vllm_maxtext_loader.atomic import atomic_file
 
-        opened = open_checkpoint(checkpoint, step=step)
-        with progress(opened.plan.nbytes, "Reading") as on_piece:
-            sums = checksums.compute(opened, on_piece)
-        sys.stdout.write(checksums.dumps(sums, str(opened.location.items)))
+        target = contextlib.nullcontext(sys.stdout) if output is None else atomic_file(output)
+        with sigterm_raises(), target as stream:
+            opened = open_checkpoint(checkpoint, step=step)
+            with progress(opened.plan.nbytes, "Reading") as on_piece:
+                sums = checksums.compute(opened, on_piece)
+            stream.write(checksums.dumps(sums, str(opened.location.items)))
 
 
 def main() -> None:
     """Entry point."""
+    # Without torch, transformers says so on stderr when it is imported; no command here needs a model class.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     for stream in (sys.stdout, sys.stderr):
-        # A terminal that cannot show "×" shall not end the command.
+        # Do not fail on terminals that cannot encode "×".
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     app()

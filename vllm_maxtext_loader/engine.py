@@ -12,14 +12,14 @@ import contextlib
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
 
-from vllm_maxtext_loader.errors import CheckpointNotFoundError, EngineError, NotACheckpointError
+from vllm_maxtext_loader.atomic import atomic_file
+from vllm_maxtext_loader.errors import CheckpointNotFoundError, EngineError, NotACheckpointError, OptionError
 from vllm_maxtext_loader.options import Options
 
 if TYPE_CHECKING:
@@ -266,16 +266,6 @@ def processor_files(args: EngineArgs, checkpoint: Probe) -> list[Path]:
     return sorted(files)
 
 
-def _write_atomically(path: Path, text: str) -> None:
-    """Writes a file that other processes see whole or not at all, readable as the umask says."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.write_text(text)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_config_dir(checkpoint: Probe, model_name: str | None, beside: Sequence[Path] = ()) -> Path:
     """A directory with the checkpoint's config.json, for vLLM to take as `model`.
 
@@ -302,13 +292,14 @@ def write_config_dir(checkpoint: Probe, model_name: str | None, beside: Sequence
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            _write_atomically(path, text)
+            with atomic_file(path) as file:
+                file.write(text)
         for name, target in links.items():
             with contextlib.suppress(FileExistsError):
                 (directory / name).symlink_to(target)
-    except OSError as error:
+    except (OSError, OptionError) as error:
         raise EngineError(
-            f"{directory}: the checkpoint's config.json cannot be written here ({error.strerror or error}). Set "
+            f"{directory}: the checkpoint's config.json cannot be written here ({error}). Set "
             f"VLLM_CACHE_ROOT to a directory that this user may write to."
         ) from error
     logger.info(

@@ -16,23 +16,28 @@ import json
 import os
 import re
 import shutil
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from huggingface_hub import split_state_dict_into_shards_factory
 
 from vllm_maxtext_loader.api import Checkpoint
+from vllm_maxtext_loader.atomic import sync, temporary_name, uninterrupted
 from vllm_maxtext_loader.checkpoint.reader import Piece, read_pieces
 from vllm_maxtext_loader.conversion.convert import BFLOAT16, convert
 from vllm_maxtext_loader.conversion.plan import Plan, Target
-from vllm_maxtext_loader.errors import ConfigMismatchError, HuggingFaceDirectoryError, IncompleteLoadError
+from vllm_maxtext_loader.errors import (
+    ConfigMismatchError,
+    HuggingFaceDirectoryError,
+    IncompleteLoadError,
+    MaxTextLoadError,
+)
 from vllm_maxtext_loader.hf_directory import (
     CONFIG_FILE,
     GENERATION_CONFIG_FILE,
     INDEX_FILE,
-    SINGLE_FILE,
     natural_order,
     read_config,
     read_json,
@@ -61,6 +66,7 @@ TOKENIZER_FILES = (
 )
 """What `--tokenizer` copies, where it is there."""
 
+# huggingface_hub's parser of sizes knows neither KiB, MiB, GiB nor a plain number, and takes -1GB.
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -126,11 +132,11 @@ def export(
             _write_json(directory / GENERATION_CONFIG_FILE, generation)
         _write_json(directory / CONFIG_FILE, settings)
         for file in directory.iterdir():
-            _sync(file)
-        _sync(directory)
+            sync(file)
+        sync(directory)
         # An empty directory of that name is replaced; anything else that has appeared meanwhile is not.
         os.rename(directory, target_dir)
-        _sync(target_dir.parent)
+        sync(target_dir.parent)
     nbytes = sum(_nbytes(target, wanted) for target in plan.targets.values())
     return Exported(target_dir, len(plan.targets), nbytes, shards, tuple(notes))
 
@@ -257,21 +263,14 @@ def split(plan: Plan, wanted: np.dtype | None, limit: int) -> dict[str, list[Tar
         wanted: dtype of all of them; None means each one's own.
         limit: bytes of tensor data per file.
     """
-    shards: list[list[Target]] = [[]]
-    filled = 0
-    for target in sorted(plan.targets.values(), key=lambda target: natural_order(target.name)):
-        size = _nbytes(target, wanted)
-        if shards[-1] and filled + size > limit:
-            shards.append([])
-            filled = 0
-        shards[-1].append(target)
-        filled += size
-    if len(shards) == 1:
-        return {SINGLE_FILE: shards[0]}
-    return {
-        f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard
-        for number, shard in enumerate(shards, 1)
-    }
+    ordered = {name: plan.targets[name] for name in sorted(plan.targets, key=natural_order)}
+    shards = split_state_dict_into_shards_factory(
+        ordered,
+        get_storage_size=lambda target: _nbytes(target, wanted),
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=limit,
+    )
+    return {file: [ordered[name] for name in names] for file, names in shards.filename_to_tensors.items()}
 
 
 def _write_weights(
@@ -327,7 +326,7 @@ def _write_weights(
 @contextlib.contextmanager
 def _directory_beside(target: Path) -> Iterator[Path]:
     """A temporary sibling, removed unless it was renamed: after an error, Ctrl-C, a signal that raises."""
-    directory = target.with_name(f".{target.name}.incomplete-{uuid.uuid4().hex[:8]}")
+    directory = temporary_name(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         directory.mkdir()
@@ -335,19 +334,14 @@ def _directory_beside(target: Path) -> Iterator[Path]:
         raise HuggingFaceDirectoryError(f"{directory}: cannot be made: {error.strerror}.") from error
     try:
         yield directory
+    except MaxTextLoadError:
+        raise
     except OSError as error:
         raise HuggingFaceDirectoryError(f"{target}: cannot be written: {error.strerror or error}.") from error
     finally:
-        shutil.rmtree(directory, ignore_errors=True)
+        with uninterrupted():
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -14,7 +14,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from vllm_maxtext_loader.conversion.gemma4 import Dims, LayerDims
-from vllm_maxtext_loader.errors import ConfigMismatchError, OptionError
+from vllm_maxtext_loader.errors import ConfigMismatchError, EngineError, OptionError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -161,6 +161,22 @@ def match_preset(dims: Dims) -> str | None:
     return None
 
 
+def config_classes() -> dict[str, type[PretrainedConfig]]:
+    """transformers' configuration classes of Gemma 4, by model_type.
+
+    Raises:
+        EngineError: the installed transformers does not have them.
+    """
+    try:
+        from transformers import Gemma4Config, Gemma4TextConfig
+    except ImportError as error:
+        raise EngineError(
+            f"the installed transformers does not have Gemma 4 ({error}). Install the version that "
+            f"vllm-maxtext-loader requires: pip install --upgrade vllm-maxtext-loader."
+        ) from error
+    return {"gemma4": Gemma4Config, "gemma4_text": Gemma4TextConfig}
+
+
 def make_config(dims: Dims, model_name: str | None, where: str) -> PretrainedConfig:
     """Configuration of a model of the given dimensions.
 
@@ -176,16 +192,15 @@ def make_config(dims: Dims, model_name: str | None, where: str) -> PretrainedCon
     Raises:
         OptionError: no preset has that name.
         ConfigMismatchError: no published model has these dimensions, or transformers cannot express them.
+        EngineError: the installed transformers does not have Gemma 4.
     """
-    from transformers import Gemma4Config, Gemma4TextConfig
-
     preset = PRESETS[choose_preset(dims, model_name, where)]
     text = _text_fields(dims, preset)
     if dims.vision is None:
-        config: Any = Gemma4TextConfig(**text, architectures=["Gemma4ForCausalLM"])
-        config.eos_token_id = _TOKENS["eos_token_id"]
+        model_type, fields = "gemma4_text", {**text, "architectures": ["Gemma4ForCausalLM"]}
     else:
-        fields: dict[str, Any] = {
+        model_type = "gemma4"
+        fields = {
             "text_config": {**text, "model_type": "gemma4_text"},
             "vision_config": _vision_fields(dims),
             "audio_config": None,
@@ -196,17 +211,23 @@ def make_config(dims: Dims, model_name: str | None, where: str) -> PretrainedCon
             "architectures": ["Gemma4ForConditionalGeneration"],
             **_TOKENS,
         }
-        config = Gemma4Config(**fields)
-    expressed = Dims.from_config(config)
-    if expressed != dims:
-        index = next(
-            (i for i, (a, b) in enumerate(zip(expressed.layers, dims.layers, strict=False)) if a != b), None
-        )
-        detail = f"layer {index} would be {expressed.layers[index]}" if index is not None else f"{expressed}"
+    try:
+        config: Any = config_classes()[model_type](**fields)
+        if dims.vision is None:
+            config.eos_token_id = _TOKENS["eos_token_id"]
+        expressed = Dims.from_config(config)
+    except EngineError:
+        raise
+    except Exception as error:  # transformers validates with several libraries, each with errors of its own.
+        detail = " ".join(str(error).split())[:400]
         raise ConfigMismatchError(
-            f"{where}: transformers cannot express this model: {detail}, but the checkpoint has "
-            f"{dims.layers[index] if index is not None else dims}. (Its Gemma 4 always ends in a full-attention layer.) "
-            f"Such a checkpoint can be converted, not served."
+            f"{where}: transformers refuses a configuration of these dimensions ({type(error).__name__}: {detail})."
+        ) from error
+    if expressed != dims:
+        raise ConfigMismatchError(
+            f"{where}: transformers cannot express this model. The checkpoint has "
+            f"{'; '.join(_differences(dims, expressed, 'transformers'))}. (The Gemma 4 of transformers always ends in "
+            f"a full-attention layer.) hf_weights() of the Python interface still converts such a checkpoint."
         )
     return config
 
@@ -244,7 +265,8 @@ def choose_preset(dims: Dims, model_name: str | None, where: str) -> str:
     )
 
 
-def _differences(found: Dims, published: Dims) -> list[str]:
+def _differences(found: Dims, published: Dims, source: str = "published") -> list[str]:
+    """What differs between two models' dimensions, in words; `source` names the second."""
     pairs: dict[str, tuple[Any, Any]] = {
         "layers": (len(found.layers), len(published.layers)),
         "hidden size": (found.hidden, published.hidden),
@@ -257,7 +279,7 @@ def _differences(found: Dims, published: Dims) -> list[str]:
         if layer != wanted:
             pairs[f"layer {index}"] = (_described(layer), _described(wanted))
             break
-    return [f"{name}: {a} (published {b})" for name, (a, b) in pairs.items() if a != b]
+    return [f"{name}: {a} ({source} {b})" for name, (a, b) in pairs.items() if a != b]
 
 
 def _described(layer: LayerDims) -> str:

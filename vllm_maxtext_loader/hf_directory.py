@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_maxtext_loader.errors import ConfigMismatchError, HuggingFaceDirectoryError
+from vllm_maxtext_loader.hf_config import config_classes
 from vllm_maxtext_loader.safetensors_files import HfTensor, read_header
 
 if TYPE_CHECKING:
@@ -98,7 +100,7 @@ def _files(directory: Path) -> dict[Path, set[str] | None]:
             raise HuggingFaceDirectoryError(f"{index}: has no weight_map; the file is damaged.")
         files: dict[Path, set[str] | None] = {}
         for name, file in weight_map.items():
-            wanted = files.setdefault(directory / str(file), set())
+            wanted = files.setdefault(directory / _bare_name(index, file), set())
             assert wanted is not None
             wanted.add(name)
         if lost := [file.name for file in files if not file.is_file()]:
@@ -113,6 +115,16 @@ def _files(directory: Path) -> dict[Path, set[str] | None]:
             f"{directory}: holds no .safetensors files (found: {names}). PyTorch .bin files are not read."
         )
     return found
+
+
+def _bare_name(index: Path, file: object) -> str:
+    """A file name from an index.json, which comes from whoever made the model: it must stay in the directory."""
+    if isinstance(file, str) and file not in ("", ".", "..") and not re.search(r"[/\\\0]", file):
+        return file
+    raise HuggingFaceDirectoryError(
+        f"{index}: weight_map names {file!r}, expected the bare name of a file in the same directory. "
+        f"Download the directory again, from a source you trust."
+    )
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -144,16 +156,10 @@ def read_config(file: Path) -> PretrainedConfig:
     Raises:
         HuggingFaceDirectoryError: it cannot be read, or transformers cannot make sense of it.
         ConfigMismatchError: it is not Gemma 4's.
+        EngineError: the installed transformers does not have Gemma 4.
     """
     raw = read_json(file)
-    try:
-        from transformers import Gemma4Config, Gemma4TextConfig
-    except ImportError as error:
-        raise HuggingFaceDirectoryError(
-            f"{file}: transformers with Gemma 4 is needed to read it ({error}). It comes with vLLM: install "
-            f"vllm-maxtext-loader[tpu], [cuda] or [cpu]."
-        ) from error
-    classes = {"gemma4": Gemma4Config, "gemma4_text": Gemma4TextConfig}
+    classes = config_classes()
     found = raw.get("model_type")
     if found not in classes:
         raise ConfigMismatchError(f"{file}: model_type is {found!r}, expected one of {', '.join(classes)}.")

@@ -1,4 +1,4 @@
-"""What is in a checkpoint, and would it load? From metadata alone: no array data, no import of torch."""
+"""What is in a checkpoint, and would it load? From metadata alone, unless `read_values` is called; without torch."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import dataclasses
 import math
 import os
 import re
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from vllm_maxtext_loader import hf_config
 from vllm_maxtext_loader.checkpoint.location import STEP_NAME, TMP_MARK, ItemLocation, locate
+from vllm_maxtext_loader.checkpoint.reader import Piece, read_pieces
 from vllm_maxtext_loader.checkpoint.storage import Location, tensorstore_context
 from vllm_maxtext_loader.checkpoint.tree import Leaf, Tree, read_tree
 from vllm_maxtext_loader.conversion.compare import refuse_sliding_end
@@ -24,11 +26,11 @@ from vllm_maxtext_loader.errors import (
     NotACheckpointError,
     StorageError,
 )
+from vllm_maxtext_loader.options import read_budget
+from vllm_maxtext_loader.values import ValueStatistics, statistics
 
 _STEPS_CHECKED = 20
 """Newest steps of a run that are looked into; each costs a few requests."""
-
-"""Names of step directories, as in `checkpoint.location`: "100", "step_100"."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-    """All that metadata tells.
+    """All that metadata tells, and statistics of the values where they were read.
 
     Attributes:
         tree: leaves and storage.
@@ -57,6 +59,7 @@ class Inspection:
         asked: the model name that was given, or None.
         error: why it would not load, else None.
         steps: steps of the run, oldest first; empty where the path belongs to no run.
+        values: statistics by leaf key, of the leaves that a load reads; None where no array data was read.
     """
 
     tree: Tree
@@ -65,6 +68,14 @@ class Inspection:
     asked: str | None
     error: MaxTextLoadError | None
     steps: tuple[Step, ...]
+    values: Mapping[str, ValueStatistics] | None = None
+
+    @property
+    def values_ok(self) -> bool | None:
+        """Whether every value is finite and no leaf is all zero; None where no array data was read."""
+        if self.values is None:
+            return None
+        return all(found.problem is None for found in self.values.values())
 
     @property
     def loads(self) -> bool:
@@ -114,6 +125,7 @@ class Inspection:
             "loads": self.loads,
             "needs_config": self.needs_config,
             "error": self.error and {"type": type(self.error).__name__, "message": str(self.error)},
+            "values_ok": self.values_ok,
             "model": {
                 "name": self.preset,
                 "published": preset and preset.published,
@@ -144,6 +156,9 @@ class Inspection:
                     "chunk": list(leaf.chunks),
                     "chunks": count_chunks(leaf),
                     "bytes": leaf.nbytes,
+                    "values": self.values[leaf.key].to_json()
+                    if self.values and leaf.key in self.values
+                    else None,
                 }
                 for leaf in tree.leaves.values()
             ],
@@ -181,6 +196,33 @@ def inspect_checkpoint(
     except MaxTextLoadError as raised:
         error = raised
     return Inspection(tree, plan, preset, model_name, error, _steps(location))
+
+
+def read_values(
+    plan: Plan, tree: Tree, on_piece: Callable[[Piece], None] | None = None
+) -> dict[str, ValueStatistics]:
+    """Reads every leaf that a load reads, once, and takes statistics of its values.
+
+    Args:
+        plan: what a load makes of the checkpoint.
+        tree: the checkpoint's leaves and opened arrays.
+        on_piece: called with each box that was counted, for progress.
+
+    Returns:
+        Statistics by leaf key.
+
+    Raises:
+        ReadError, StorageError: as while loading.
+    """
+    leaves = [entry.leaf for entry in plan.leaves]
+    chunk = max((leaf.chunk_nbytes for leaf in leaves), default=0)
+    budget = read_budget(None, plan.nbytes, chunk, len(os.sched_getaffinity(0)))
+    found = {leaf.key: ValueStatistics() for leaf in leaves}
+    for piece in read_pieces(leaves, tree.arrays, budget, plan.where):
+        found[piece.leaf.key] += statistics(piece.array)
+        if on_piece is not None:
+            on_piece(piece)
+    return found
 
 
 def _preset(dims: Dims, model_name: str | None, where: str) -> str | None:

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.weight_utils import enable_tqdm
@@ -25,6 +24,8 @@ from vllm.model_executor.model_loader.weight_utils import enable_tqdm
 from vllm_maxtext_loader.api import numpy_dtype
 from vllm_maxtext_loader.errors import EngineError, IncompleteLoadError
 from vllm_maxtext_loader.options import DIRECT_VARIABLE, Options
+from vllm_maxtext_loader.progress import byte_bar
+from vllm_maxtext_loader.values import count_nonfinite, sample
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -86,6 +87,7 @@ class MaxTextModelLoader(BaseModelLoader):
         given: set[str] = set()
         placed: set[str] = set()
         placer: DirectPlacer | None = None
+        values = NonFiniteWatch(checkpoint.plan.where)
         meter = _Meter(checkpoint, enable_tqdm(self.load_config.use_tqdm_on_load))
 
         def on_wait(seconds: float) -> None:
@@ -103,9 +105,9 @@ class MaxTextModelLoader(BaseModelLoader):
                 given, placed = placer.targets(), placer.placed
                 if pieces is None:
                     pieces = checkpoint.pieces(on_wait=on_wait, needed=placer.needs)
-                pieces = placer.stream(watch(pieces), on_place=meter.on_place)
+                pieces = placer.stream(values.stream(watch(pieces)), on_place=meter.on_place)
             else:
-                pieces = watch(checkpoint.pieces(on_wait=on_wait))
+                pieces = values.stream(watch(checkpoint.pieces(on_wait=on_wait)))
             weights = checkpoint.hf_weights(
                 fold_expert_scales=fold,
                 dtype=model_config.dtype,
@@ -119,6 +121,7 @@ class MaxTextModelLoader(BaseModelLoader):
         if placer is not None:
             placer.replicate(wanted - placed)
         meter.report(time.perf_counter() - started)
+        values.report()
 
     def _open(self, model_config: ModelConfig) -> Checkpoint:
         from vllm_maxtext_loader.api import open_checkpoint
@@ -197,6 +200,42 @@ def gc_frozen() -> Iterator[None]:
         gc.unfreeze()
 
 
+class NonFiniteWatch:
+    """Finds leaves of a diverged run: NaN and infinities, in a sample that costs no time a benchmark can see.
+
+    Args:
+        where: the checkpoint's path, for the warning.
+    """
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+        self._leaves: set[str] = set()
+
+    def stream(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
+        """Looks at up to 65,536 values of each region, in runs all over it; at all values of a small leaf."""
+        for piece in pieces:
+            if piece.leaf.name not in self._leaves and count_nonfinite(sample(piece.array, _SAMPLED)):
+                self._leaves.add(piece.leaf.name)
+            yield piece
+
+    def report(self) -> None:
+        """One warning, where there is something to warn of."""
+        if self._leaves:
+            names = sorted(self._leaves)
+            logger.warning(
+                "%s: %d leaves hold NaN or inf: %s%s. The model's answers will be wrong: did the run diverge? (Small leaves were "
+                "looked at whole, large ones by sample; `vllm-maxtext inspect CKPT --values` looks at every value.)",
+                self.where,
+                len(names),
+                ", ".join(names[:8]),
+                ", …" if len(names) > 8 else "",
+            )
+
+
+_SAMPLED = 1 << 16
+"""Values of a decoded region that are looked at: 128 KiB of some 16 MiB or more."""
+
+
 class _Meter:
     """Progress bar, and where the time went."""
 
@@ -204,14 +243,7 @@ class _Meter:
         self.checkpoint = checkpoint
         self.waited = self.converted = 0.0
         self.read = 0
-        self.bar = tqdm(
-            total=checkpoint.plan.nbytes,
-            desc="Loading MaxText checkpoint",
-            unit="B",
-            unit_scale=True,
-            unit_divisor=1024,
-            disable=not show,
-        )
+        self.bar = byte_bar(checkpoint.plan.nbytes, "Loading MaxText checkpoint", disable=not show)
 
     def on_wait(self, seconds: float) -> None:
         """Counts time spent waiting for a decoded box."""

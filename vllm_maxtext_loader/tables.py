@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import collections
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from vllm_maxtext_loader.checkpoint.limits import printable
 from vllm_maxtext_loader.checkpoint.tree import Leaf
 from vllm_maxtext_loader.conversion.gemma4 import Dims
 from vllm_maxtext_loader.conversion.layout import describe
 from vllm_maxtext_loader.hf_config import PRESETS, PUBLISHED_VOCAB
 from vllm_maxtext_loader.inspect_checkpoint import Inspection, container_of, count_chunks
+from vllm_maxtext_loader.values import ValueStatistics
 from vllm_maxtext_loader.verify import Report, Row, Status
 
 _SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 _NARROWEST_NAME = 20
-_INDENT = "  "
+_INDENT = 2
 
 
 def show_inspection(console: Console, found: Inspection) -> None:
@@ -30,7 +32,7 @@ def show_inspection(console: Console, found: Inspection) -> None:
     facts.add_column(overflow="fold")
 
     def fact(name: str, text: str, style: str = "") -> None:
-        facts.add_row(name, Text(text, style))
+        facts.add_row(name, Text(printable(text), style))
 
     fact("checkpoint", str(tree.location.items))
     if tree.location.step is not None:
@@ -56,6 +58,9 @@ def show_inspection(console: Console, found: Inspection) -> None:
     console.print(facts)
     console.print()
     _show_leaves(console, list(tree.leaves.values()))
+    if found.values is not None:
+        console.print()
+        _show_values(console, {tree.leaves[key].name: values for key, values in found.values.items()})
 
 
 def _model(found: Inspection, dims: Dims) -> str:
@@ -139,6 +144,38 @@ def _show_leaves(console: Console, leaves: Sequence[Leaf]) -> None:
     )
 
 
+def _show_values(console: Console, values: Mapping[str, ValueStatistics]) -> None:
+    """Statistics by leaf, those with a problem first and marked, and a summary."""
+    columns = ("leaf", "min", "max", "mean", "zeros", "NaN", "inf")
+    ordered = sorted(values.items(), key=lambda item: item[1].problem is None)
+    rows = [
+        (
+            f"{'! ' if found.problem else ''}{printable(name)}",
+            *(f"{number:.3g}" if number is not None else "-" for number in found.range_and_mean),
+            _share(found.zeros, found.count),
+            f"{found.nans:,}",
+            f"{found.infinities:,}",
+        )
+        for name, found in ordered
+    ]
+    _show_groups(console, columns, [("", rows)], right=columns[1:])
+    console.print()
+    problems = [f"{printable(name)} ({found.problem})" for name, found in ordered if found.problem]
+    summary = (
+        f"{len(problems)} of {len(values)} leaves hold values that no trained model has: {', '.join(problems)}."
+        if problems
+        else f"All values of {len(values)} leaves are finite, and no leaf is all zero."
+    )
+    console.print(Text(summary, "bold red" if problems else "bold green"), soft_wrap=True)
+
+
+def _share(part: int, whole: int) -> str:
+    """A percentage that says 0 and 100 % only where it is exact."""
+    if part in (0, whole):
+        return "100 %" if part else "0"
+    return f"{min(max(100 * part / whole, 0.01), 99.99):.2f} %"
+
+
 def _below(leaf: Leaf, container: str) -> str:
     return leaf.name.removeprefix(f"{container}.")
 
@@ -151,7 +188,14 @@ def _cells(leaf: Leaf, container: str) -> tuple[str, ...]:
         pairs = zip(leaf.chunks, leaf.shape, strict=True)
         chunk = "×".join("·" if part >= whole else str(part) for part, whole in pairs)
     shape = "×".join(map(str, leaf.shape)) or "scalar"
-    return _below(leaf, container), shape, _SHORT[leaf.dtype.name], chunk, str(chunks), size(leaf.nbytes)
+    return (
+        printable(_below(leaf, container)),
+        shape,
+        _SHORT[leaf.dtype.name],
+        chunk,
+        str(chunks),
+        size(leaf.nbytes),
+    )
 
 
 def show_report(console: Console, report: Report, *, every_row: bool) -> None:
@@ -167,9 +211,10 @@ def show_report(console: Console, report: Report, *, every_row: bool) -> None:
             left_out.setdefault(row.detail, []).append(row)
     for reason, members in left_out.items():
         example = f"{members[0].name}" + (" and so on" if len(members) > 1 else "")
-        console.print(Text(f"not compared: {len(members)} ({reason}): {example}", "dim"), soft_wrap=True)
+        text = printable(f"not compared: {len(members)} ({reason}): {example}")
+        console.print(Text(text, "dim"), soft_wrap=True)
     for note in report.notes:
-        console.print(Text(f"note: {note}"), soft_wrap=True)
+        console.print(Text(printable(f"note: {note}")), soft_wrap=True)
     counts = collections.Counter(row.status for row in report.rows)
     parts = [f"{counts[status]} {status}" for status in Status if counts[status]]
     summary = (
@@ -180,7 +225,7 @@ def show_report(console: Console, report: Report, *, every_row: bool) -> None:
 
 def _comparison(row: Row) -> tuple[str, ...]:
     detail = row.detail if row.status.is_difference else ""
-    name = f"{row.name}\n{detail}" if detail else row.name
+    name = "\n".join(map(printable, filter(None, (row.name, detail))))
     if row.status is Status.DIFFERS:
         return name, row.status, f"{row.max_abs:.3g}", str(row.max_ulp), f"{row.differing:,}"
     return (name, row.status, *(("0", "0", "0") if row.status is Status.SAME else ("", "", "")))
@@ -195,45 +240,24 @@ def _show_groups(
     """Rows under headings, with the same column widths; the first column gives way where space is short."""
     everything = [columns, *(row for _, rows in groups for row in rows)]
     widths = [max(map(len, "\n".join(cells).split("\n"))) for cells in zip(*everything, strict=True)]
-    indent = _INDENT if any(heading for heading, _ in groups) else ""
+    indent = _INDENT if any(heading for heading, _ in groups) else 0
     room = console.width - sum(widths[1:]) - 2 * (len(columns) - 1)
-    widths[0] = min(widths[0] + len(indent), max(_NARROWEST_NAME, room))
+    widths[0] = min(widths[0] + indent, max(_NARROWEST_NAME, room))
 
     def grid(rows: Iterable[tuple[str, ...]], style: str = "") -> Table:
         table = Table.grid(padding=(0, 2, 0, 0))
         for column, width in zip(columns, widths, strict=True):
             table.add_column(width=width, justify="right" if column in right else "left", overflow="fold")
         for first, *rest in rows:
-            table.add_row(Text(fold(first, widths[0], indent), style), *(Text(cell, style) for cell in rest))
+            name = Padding(Text(first, style), (0, 0, 0, indent))
+            table.add_row(name, *(Text(cell, style) for cell in rest))
         return table
 
     console.print(grid([columns], "bold underline"))
     for heading, rows in groups:
         if heading:
-            console.print(Text(fold(heading, console.width), "bold"))
+            console.print(Text(printable(heading), "bold", overflow="fold"))
         console.print(grid(rows))
-
-
-def fold(name: str, width: int, indent: str = "") -> str:
-    """A dotted name on as many lines as it needs, broken after dots or spaces; nothing of it is lost.
-
-    Args:
-        name: e.g. "mlp.moe_block.MoeBlock_0.per_expert_scale"; may have further lines.
-        width: columns.
-        indent: in front of the first line; further lines have two spaces more.
-    """
-    lines = [indent]
-    for number, text in enumerate(name.split("\n")):
-        if number:
-            lines.append(indent + _INDENT)
-        for part in re.findall(r"[^. ]+[. ]*|[. ]+", text):
-            # A part that fits on no line is broken after its underscores.
-            pieces = re.findall(r"[^_]+_*|_+", part) if len(indent + _INDENT + part) > width else [part]
-            for piece in pieces:
-                if len(lines[-1]) + len(piece.rstrip()) > width and lines[-1].strip():
-                    lines.append(indent + _INDENT)
-                lines[-1] += piece
-    return "\n".join(lines)
 
 
 def size(nbytes: int) -> str:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+from vllm_maxtext_loader.checkpoint.limits import brief, printable
 from vllm_maxtext_loader.errors import MaxTextLoadError
 
 if TYPE_CHECKING:
@@ -20,8 +23,11 @@ if TYPE_CHECKING:
 
     from vllm_maxtext_loader.checkpoint.reader import Piece
 
-DIFFERENT, UNUSABLE, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
-"""Exit codes beside 0; the last two are what a shell reports for SIGINT and SIGPIPE."""
+DIFFERENT, UNUSABLE, INTERNAL, INTERRUPTED, BROKEN_PIPE = 1, 2, 70, 130, 141
+"""Non-zero exit codes. 70 is EX_SOFTWARE of sysexits.h; a shell reports the last two for SIGINT and SIGPIPE."""
+
+DEBUG_VARIABLE = "VLLM_MAXTEXT_DEBUG"
+"""Environment variable: 1 prints the traceback of an error to stderr."""
 
 _PIPED_WIDTH = 200
 """Columns of a table that goes to a file or a pipe."""
@@ -36,34 +42,66 @@ def tidy() -> Iterator[None]:
     try:
         yield
         sys.stdout.flush()
+    except (typer.Exit, typer.Abort, typer.BadParameter):
+        raise
     except MaxTextLoadError as error:
-        typer.echo(f"error: {error}", err=True)
+        _print_traceback()
+        typer.echo(f"error: {printable(str(error))}", err=True)
         raise typer.Exit(UNUSABLE) from error
     except BrokenPipeError as error:
-        # `| head` has seen enough. Python would complain once more when it flushes stdout at exit.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # `| head` has seen enough.
+        _discard_stdout()
         raise typer.Exit(BROKEN_PIPE) from error
     except KeyboardInterrupt as error:
         typer.echo("interrupted", err=True)
         raise typer.Exit(INTERRUPTED) from error
+    except Exception as error:
+        _print_traceback()
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            _discard_stdout()
+            typer.echo(f"error: the output cannot be written: {error.strerror}.", err=True)
+            raise typer.Exit(UNUSABLE) from error
+        typer.echo(
+            f"internal error: {type(error).__name__}: {printable(brief(str(error), 300))}. This is a fault of "
+            f"vllm-maxtext-loader, not of your input. Please report it with the traceback, which "
+            f"{DEBUG_VARIABLE}=1 prints.",
+            err=True,
+        )
+        raise typer.Exit(INTERNAL) from error
+
+
+def _print_traceback() -> None:
+    """Prints the traceback of the error that is being handled, where the user asked for it."""
+    if os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0"):
+        traceback.print_exc()
+
+
+def _discard_stdout() -> None:
+    """Keeps Python from complaining once more when it flushes stdout at exit."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager
 def sigterm_raises() -> Iterator[None]:
-    """A preempted machine says SIGTERM first: time enough to remove what is half written."""
+    """Raises SystemExit on SIGTERM (preemption) and SIGHUP (lost connection), so that clean-up runs."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def leave(*_: object) -> None:
-        sys.exit(128 + signal.SIGTERM)
+    def leave(number: int, _: object) -> None:
+        sys.exit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, leave)
+    # nohup has SIGHUP ignored: that stays.
+    numbers = [
+        number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN
+    ]
+    before = {number: signal.signal(number, leave) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def console() -> Console:
@@ -86,20 +124,10 @@ def print_json(content: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def progress(total: int, what: str) -> Iterator[Callable[[Piece], None]]:
-    """A bar on stderr for what takes longer than two seconds; none where stderr is no terminal."""
-    from tqdm import tqdm
+    """A bar on stderr for what takes longer than two seconds; none where stderr is not a terminal."""
+    from vllm_maxtext_loader.progress import byte_bar
 
-    with tqdm(
-        total=total,
-        desc=what,
-        unit="B",
-        unit_scale=True,
-        unit_divisor=1024,
-        delay=_SHOW_PROGRESS_AFTER,
-        disable=None,
-        leave=False,
-        file=sys.stderr,
-    ) as bar:
+    with byte_bar(total, what, delay=_SHOW_PROGRESS_AFTER, leave=False) as bar:
 
         def on_piece(piece: Piece) -> None:
             bar.update(piece.array.nbytes)
