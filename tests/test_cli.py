@@ -10,10 +10,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
-from support.checkpoints import cases
+from support.checkpoints import Tree, cases
 from vllm_maxtext_loader.cli import app
 
 Twin = Callable[[str], Path]
@@ -170,3 +171,106 @@ def test_reader_that_has_seen_enough(moe: Path) -> None:
         assert process.stderr.read() == ""
         process.stderr.close()
         assert process.wait(60) == 141
+
+
+def test_fault_of_ours_is_seventy(moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise KeyError("a line\nand ESC \x1b[2J")
+
+    monkeypatch.setattr("vllm_maxtext_loader.inspect_checkpoint.inspect_checkpoint", broken)
+    result = _run("inspect", moe)
+    assert result.exit_code == 70
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("internal error: KeyError: ")
+    assert "fault of vllm-maxtext-loader, not of your input" in line
+    assert "VLLM_MAXTEXT_DEBUG=1" in line
+    assert line.isprintable()
+    monkeypatch.setenv("VLLM_MAXTEXT_DEBUG", "1")
+    assert "Traceback" in _run("inspect", moe).stderr
+
+
+def test_export_of_unpublished_dimensions_is_unusable_input(moe: Path, tmp_path: Path) -> None:
+    result = _run("export", moe, tmp_path / "out")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_checksum_writes_a_whole_file_or_none(moe: Path, tmp_path: Path) -> None:
+    target = tmp_path / "sums.json"
+    assert _run("checksum", moe, "--output", target).exit_code == 0
+    assert target.read_text() == _run("checksum", moe).stdout
+    assert target.stat().st_mode & 0o777 == 0o666 & ~_umask()
+    before = target.read_text()
+    (damaged := tmp_path / "damaged").symlink_to(_without_data(moe, tmp_path / "copy"))
+    assert _run("checksum", damaged, "-o", target).exit_code == 2
+    assert target.read_text() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "damaged", "sums.json"]
+    missing = _run("checksum", moe, "--output", tmp_path / "no" / "sums.json")
+    assert missing.exit_code == 2
+    assert "cannot be written" in missing.stderr
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _without_data(items: Path, target: Path) -> Path:
+    """A copy of an item whose largest data file is gone: metadata is whole."""
+    shutil.copytree(items, target)
+    max(
+        (path for path in target.rglob("d/*") if path.is_file()), key=lambda path: path.stat().st_size
+    ).unlink()
+    return target
+
+
+def test_values_of_missing_data_are_unusable_input(moe: Path, tmp_path: Path) -> None:
+    items = _without_data(moe, tmp_path / "items")
+    assert _run("inspect", items, "--model-name", "gemma4-26b").exit_code in (0, 2)
+    result = _run("inspect", items, "--values")
+    assert result.exit_code == 2
+    assert "cannot read leaf" in result.stderr
+
+
+def _spoil(params: Tree) -> None:
+    decoder = params["decoder"]
+    decoder["decoder_norm"]["scale"] = np.zeros_like(decoder["decoder_norm"]["scale"])
+    query = decoder["scanned_blocks"]["local_layers"]["self_attention"]["query"]
+    query["kernel"] = np.array(query["kernel"])
+    query["kernel"].reshape(-1)[[5, 77]] = np.nan, np.inf
+
+
+def test_values_that_no_trained_model_has_are_found(moe: Path, edited: Callable[..., Path]) -> None:
+    good = _run("inspect", moe, "--values", "--json")
+    assert good.exit_code == 0
+    found = json.loads(good.stdout)
+    assert found["values_ok"] is True
+    items = edited("moe_v2", _spoil)
+    spoiled = _run("inspect", items, "--values", "--json")
+    assert spoiled.exit_code == 1
+    before = {leaf["name"]: leaf["values"] for leaf in found["leaves"]}
+    after = {leaf["name"]: leaf["values"] for leaf in json.loads(spoiled.stdout)["leaves"]}
+    changed = {name for name in before if before[name] != after[name]}
+    kernel, norm = (
+        "decoder.scanned_blocks.local_layers.self_attention.query.kernel",
+        "decoder.decoder_norm.scale",
+    )
+    assert changed == {kernel, norm}
+    assert (after[kernel]["nan"], after[kernel]["inf"]) == (1, 1)
+    assert after[norm] == {**after[norm], "min": 0, "max": 0, "mean": 0, "zero_share": 1, "nan": 0, "inf": 0}
+    shown = _run("inspect", items, "--values")
+    assert shown.exit_code == 1
+    assert f"2 of {len(before)} leaves" in " ".join(shown.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "name", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "a\\b", 5]
+)
+def test_index_may_name_files_of_its_directory_only(moe: Path, tmp_path: Path, name: object) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
+    result = _run("verify", moe, tmp_path)
+    assert result.exit_code == 2
+    assert "model.safetensors.index.json" in result.stderr
+    assert result.stderr.strip().isprintable()

@@ -70,11 +70,52 @@ def _job(name: str, model: Path, checkpoint: Path | str, **extra: Any) -> dict[s
     }
 
 
+def _with(job: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    """A job with more engine arguments."""
+    return {**job, "arguments": {**job["arguments"], **arguments}}
+
+
 def _another_value(tree: dict[str, Any]) -> None:
     """Bit rot: one value of a leaf is another one."""
     norm = tree["params"]["params"]["decoder"]["decoder_norm"]
     norm["scale"] = np.array(norm["scale"])
     norm["scale"][3] = ml_dtypes.bfloat16(5)
+
+
+def _diverge(tree: dict[str, Any]) -> None:
+    """One kernel of one layer is NaN, everything else is as it was."""
+    kernel = tree["params"]["params"]["decoder"]["scanned_blocks"]["local_layers"]["self_attention"]["query"]
+    kernel["kernel"] = np.array(kernel["kernel"])
+    kernel["kernel"][:, 0, 1] = np.nan
+
+
+OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "pipeline": (
+        {"pipeline_parallel_size": 2},
+        "--pipeline-parallel-size 2: --load-format maxtext cannot fill",
+    ),
+    "quantization": (
+        {"quantization": "fp8"},
+        "--quantization fp8: --load-format maxtext serves weights in the dtype",
+    ),
+    "qwix": (
+        {
+            "additional_config": {
+                "quantization": {"qwix": {"rules": [{"module_path": ".*", "weight_qtype": "int8"}]}}
+            }
+        },
+        '--additional-config with "quantization" (qwix): --load-format maxtext serves weights in the dtype',
+    ),
+    "model class": (
+        {"model_impl": "transformers"},
+        "--model-impl transformers: --load-format maxtext loads into vLLM's own",
+    ),
+    "draft": (
+        {"speculative_config": {"method": "eagle3", "model": "/draft", "num_speculative_tokens": 2}},
+        "--speculative-config (method eagle3, model /draft): a MaxText checkpoint holds no draft model",
+    ),
+}
+"""Engine arguments that cannot be served, and the beginning of the refusal."""
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +132,10 @@ def loads(twin: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory)
     sums.write_text(checksums.dumps(checksums.compute(checkpoint), checkpoint.plan.where))
     _another_value(tree)
     rotten = write_orbax(root / "rotten" / "0", tree)
+    tree = read_orbax(moe)
+    _diverge(tree)
+    diverged = write_orbax(root / "diverged" / "0", tree)
+    dense = (twin("dense_v2"), cases()["dense_v2"].items)
     multimodal = _job("text only", twin(MULTIMODAL), cases()[TEXT].items)
     multimodal |= {"prompts": PROMPTS, "vocab_size": vocabulary(twin(TEXT))}
     multimodal["arguments"]["max_logprobs"] = multimodal["vocab_size"]
@@ -110,6 +155,15 @@ def loads(twin: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory)
         _job("truncated", model, truncated),
         _job("checksums", model, stored, checksums=str(sums)),
         _job("rotten", model, rotten, checksums=str(sums)),
+        _job("diverged", model, diverged),
+        {**_job("extra parameter", *dense), "change": "parameter"},
+        {**_job("tensor left over", *dense), "change": "less"},
+        *(_with(_job(f"option {name}", model, moe), arguments) for name, (arguments, _) in OPTIONS.items()),
+        {
+            **_with(_job("fp8 cache", model, moe), {"kv_cache_dtype": "fp8", "max_logprobs": 5}),
+            "prompts": PROMPTS,
+            "vocab_size": 5,
+        },
         multimodal,
         *_bucket_jobs(model),
     ]
@@ -141,6 +195,13 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "deleted": ("", "gs://checkpoints/refused/deleted/0"),
     "uncommitted": ("", "gs://checkpoints/refused/uncommitted", "commit"),
     "missing": ("CheckpointNotFoundError", "gs://checkpoints/refused/nothing-here"),
+    "extra parameter": (
+        "IncompleteLoadError",
+        "1 of ",
+        "parameters of the engine's model did not come from the checkpoint: renamed_weight",
+    ),
+    "tensor left over": ("IncompleteLoadError", "tensors were not taken by the engine: model."),
+    **{f"option {name}": ("EngineError", says) for name, (_, says) in OPTIONS.items()},
 }
 
 
@@ -154,6 +215,22 @@ def test_engine_does_not_come_up(loads: dict[str, Any], name: str) -> None:
     # Nothing of an engine was there to look at, and nothing says that it was loaded.
     assert "parameters" not in answer
     assert not [line for line in answer["log"] if line.startswith("INFO Loaded ")]
+
+
+def test_values_that_are_not_finite_are_named(loads: dict[str, Any]) -> None:
+    answer = loads["diverged"]
+    assert "error" not in answer, answer.get("traceback")
+    (said,) = [line for line in answer["log"] if "NaN or inf" in line]
+    assert said.startswith("WARNING ")
+    assert "1 leaves hold NaN or inf: decoder.scanned_blocks.local_layers.self_attention.query.kernel" in said
+    assert not [line for line in loads["checksums"]["log"] if "NaN or inf" in line]
+
+
+def test_quantized_cache_is_served(loads: dict[str, Any]) -> None:
+    """What the refusal of quantization says stays possible."""
+    answer = loads["fp8 cache"]
+    assert "error" not in answer, answer.get("traceback")
+    assert [len(tokens) for tokens in answer["tokens"]] == [1] * len(PROMPTS)
 
 
 def test_good_checksums_load(loads: dict[str, Any]) -> None:

@@ -60,7 +60,8 @@ def show_inspection(console: Console, found: Inspection) -> None:
     _show_leaves(console, list(tree.leaves.values()))
     if found.values is not None:
         console.print()
-        _show_values(console, {tree.leaves[key].name: values for key, values in found.values.items()})
+        names = {leaf.key: leaf.name for leaf in tree.leaves.values()}
+        _show_values(console, {names[key]: values for key, values in found.values.items()})
 
 
 def _model(found: Inspection, dims: Dims) -> str:

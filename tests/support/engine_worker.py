@@ -18,6 +18,7 @@ import logging
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,45 @@ def explained(state: dict[str, np.ndarray], other: dict[str, np.ndarray], hidden
     return good
 
 
+def _add_parameter() -> Callable[[], None]:
+    """Makes vLLM's model have a parameter that no checkpoint knows, as another vLLM's might."""
+    import torch
+    from vllm.model_executor.models.gemma4 import Gemma4ForCausalLM
+
+    init = Gemma4ForCausalLM.__init__
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        self.register_parameter("renamed_weight", torch.nn.Parameter(torch.zeros(1), requires_grad=False))
+
+    vars_set(Gemma4ForCausalLM, "__init__", __init__)
+    return lambda: vars_set(Gemma4ForCausalLM, "__init__", init)
+
+
+def _take_less() -> Callable[[], None]:
+    """Makes vLLM's model stop before the last tensor, and say that it has them all."""
+    from vllm.model_executor.models.gemma4 import Gemma4ForCausalLM
+
+    load_weights = Gemma4ForCausalLM.load_weights
+
+    def take_less(self: Any, weights: Any) -> set[str]:
+        tensors = iter(weights)
+        load_weights(self, (next(tensors) for _ in range(3)))
+        return {name for name, _ in (*self.named_parameters(), *self.named_buffers())}
+
+    vars_set(Gemma4ForCausalLM, "load_weights", take_less)
+    return lambda: vars_set(Gemma4ForCausalLM, "load_weights", load_weights)
+
+
+def vars_set(owner: type, name: str, value: Any) -> None:
+    """Replaces a method of a class."""
+    setattr(owner, name, value)
+
+
+CHANGES: dict[str, Callable[[], Callable[[], None]]] = {"parameter": _add_parameter, "less": _take_less}
+"""What a job can have changed in vLLM's model, each with the way back."""
+
+
 def run(job: dict[str, Any], kept: dict[str, Any]) -> dict[str, Any]:
     """Starts an engine, writes down what was asked for, and shuts it down."""
     from vllm import LLM, SamplingParams
@@ -116,6 +156,7 @@ def run(job: dict[str, Any], kept: dict[str, Any]) -> dict[str, Any]:
     os.environ.update(job.get("environment", {}))
     llm = None
     answer: dict[str, Any] = {}
+    change_back = CHANGES[job["change"]]() if "change" in job else None
     try:
         llm = LLM(model=job["model"], **{**COMMON, **job.get("arguments", {})})
         state, placement = state_of(llm), placement_of(llm)
@@ -153,6 +194,8 @@ def run(job: dict[str, Any], kept: dict[str, Any]) -> dict[str, Any]:
             os.environ.pop(name)
             if value is not None:
                 os.environ[name] = value
+        if change_back is not None:
+            change_back()
         logger.removeHandler(records)
         answer["log"] = records.lines
         if llm is not None:
