@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -38,12 +39,13 @@ def moe() -> Path:
 
 
 def test_help_teaches() -> None:
-    for command in ("inspect", "verify", "export"):
+    for command in ("inspect", "verify", "export", "checksum"):
         assert command in _run("--help").stdout
         shown = _run(command, "--help").stdout
         assert "Examples" in shown
         assert f"vllm-maxtext {command}" in shown
         assert "Exit codes" in shown
+        assert "70  a fault of vllm-maxtext-loader" in shown
     assert "max_ulp" in _run("verify", "--help").stdout
     assert "needs_config" in _run("inspect", "--help").stdout
 
@@ -173,104 +175,156 @@ def test_reader_that_has_seen_enough(moe: Path) -> None:
         assert process.wait(60) == 141
 
 
-def test_fault_of_ours_is_seventy(moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object, **__: object) -> None:
-        raise KeyError("a line\nand ESC \x1b[2J")
+def _broken(*_: object, **__: object) -> None:
+    raise KeyError("first\nsecond\x1b[31m")
 
-    monkeypatch.setattr("vllm_maxtext_loader.inspect_checkpoint.inspect_checkpoint", broken)
+
+def test_an_unexpected_exception_is_seventy(
+    monkeypatch: pytest.MonkeyPatch, moe: Path, tmp_path: Path
+) -> None:
+    """Never 1, which says that a check found differences; one line, with a way to the traceback."""
+    monkeypatch.setattr("vllm_maxtext_loader.api.open_checkpoint", _broken)
+    monkeypatch.setattr("vllm_maxtext_loader.inspect_checkpoint.inspect_checkpoint", _broken)
+    monkeypatch.setattr("vllm_maxtext_loader.hf_directory.read_hf_directory", _broken)
+    for arguments in (
+        ("inspect", moe),
+        ("verify", moe, tmp_path),
+        ("export", moe, tmp_path / "out"),
+        ("checksum", moe),
+    ):
+        result = _run(*arguments)
+        assert result.exit_code == 70
+        assert result.stdout == ""
+        assert result.stderr.startswith("internal error: KeyError: ")
+        assert "fault of vllm-maxtext-loader" in result.stderr
+        assert "VLLM_MAXTEXT_DEBUG=1" in result.stderr
+        assert result.stderr.rstrip("\n").isprintable()
+    monkeypatch.setenv("VLLM_MAXTEXT_DEBUG", "1")
     result = _run("inspect", moe)
     assert result.exit_code == 70
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("internal error: KeyError: ")
-    assert "fault of vllm-maxtext-loader, not of your input" in line
-    assert "VLLM_MAXTEXT_DEBUG=1" in line
-    assert line.isprintable()
-    monkeypatch.setenv("VLLM_MAXTEXT_DEBUG", "1")
-    assert "Traceback" in _run("inspect", moe).stderr
+    assert "Traceback" in result.stderr
+    assert "in _broken" in result.stderr
 
 
-def test_export_of_unpublished_dimensions_is_unusable_input(moe: Path, tmp_path: Path) -> None:
-    result = _run("export", moe, tmp_path / "out")
+def test_export_without_transformers_gemma_is_one_message(moe: Path, tmp_path: Path) -> None:
+    """An installed transformers that is too old is named; it is neither a traceback nor a difference."""
+    code = "import sys, types\nsys.modules['transformers'] = types.ModuleType('transformers')\n" + _MAIN
+    result = _subprocess("export", moe, tmp_path / "out", "--model-name", "gemma4-26b", code=code)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert "transformers does not have Gemma 4" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_what_a_terminal_would_obey_is_escaped(tmp_path: Path) -> None:
+    result = _run("inspect", tmp_path / "a\x1b[2Jb\nc")
     assert result.exit_code == 2
-    assert result.stderr.startswith("error: ")
-    assert not (tmp_path / "out").exists()
+    assert result.stderr.rstrip("\n").isprintable()
+    assert "a\\x1b[2Jb\\nc" in result.stderr
 
 
-def test_checksum_writes_a_whole_file_or_none(moe: Path, tmp_path: Path) -> None:
-    target = tmp_path / "sums.json"
-    assert _run("checksum", moe, "--output", target).exit_code == 0
-    assert target.read_text() == _run("checksum", moe).stdout
-    assert target.stat().st_mode & 0o777 == 0o666 & ~_umask()
-    before = target.read_text()
-    (damaged := tmp_path / "damaged").symlink_to(_without_data(moe, tmp_path / "copy"))
-    assert _run("checksum", damaged, "-o", target).exit_code == 2
-    assert target.read_text() == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "damaged", "sums.json"]
-    missing = _run("checksum", moe, "--output", tmp_path / "no" / "sums.json")
-    assert missing.exit_code == 2
-    assert "cannot be written" in missing.stderr
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_full_output_is_unusable(moe: Path) -> None:
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [sys.executable, "-c", _MAIN, "inspect", str(moe), "--json"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+        )
+    assert result.returncode == 2
+    assert result.stderr == "error: the output cannot be written: No space left on device.\n"
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _checksums(moe: Path) -> str:
+    return _run("checksum", moe).stdout
 
 
-def _without_data(items: Path, target: Path) -> Path:
-    """A copy of an item whose largest data file is gone: metadata is whole."""
-    shutil.copytree(items, target)
-    max(
-        (path for path in target.rglob("d/*") if path.is_file()), key=lambda path: path.stat().st_size
-    ).unlink()
-    return target
+def test_checksum_file_is_what_stdout_gets(moe: Path, tmp_path: Path) -> None:
+    expected = _checksums(moe)
+    old_mask = os.umask(0o027)
+    try:
+        for path in (tmp_path / "new.crc", tmp_path / "there.crc"):
+            if path.stem == "there":
+                path.write_text("old")
+            result = _run("checksum", moe, "--output", path)
+            assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
+            assert path.read_text() == expected
+        assert (tmp_path / "new.crc").stat().st_mode & 0o777 == 0o640
+    finally:
+        os.umask(old_mask)
+    (tmp_path / "link.crc").symlink_to("there.crc")
+    (tmp_path / "there.crc").write_text("old")
+    assert _run("checksum", moe, "-o", tmp_path / "link.crc").exit_code == 0
+    assert (tmp_path / "link.crc").is_symlink()
+    assert (tmp_path / "there.crc").read_text() == expected
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["link.crc", "new.crc", "there.crc"]
 
 
-def test_values_of_missing_data_are_unusable_input(moe: Path, tmp_path: Path) -> None:
-    items = _without_data(moe, tmp_path / "items")
-    assert _run("inspect", items, "--model-name", "gemma4-26b").exit_code in (0, 2)
-    result = _run("inspect", items, "--values")
-    assert result.exit_code == 2
-    assert "cannot read leaf" in result.stderr
-
-
-def _spoil(params: Tree) -> None:
-    decoder = params["decoder"]
-    decoder["decoder_norm"]["scale"] = np.zeros_like(decoder["decoder_norm"]["scale"])
-    query = decoder["scanned_blocks"]["local_layers"]["self_attention"]["query"]
-    query["kernel"] = np.array(query["kernel"])
-    query["kernel"].reshape(-1)[[5, 77]] = np.nan, np.inf
-
-
-def test_values_that_no_trained_model_has_are_found(moe: Path, edited: Callable[..., Path]) -> None:
-    good = _run("inspect", moe, "--values", "--json")
-    assert good.exit_code == 0
-    found = json.loads(good.stdout)
-    assert found["values_ok"] is True
-    items = edited("moe_v2", _spoil)
-    spoiled = _run("inspect", items, "--values", "--json")
-    assert spoiled.exit_code == 1
-    before = {leaf["name"]: leaf["values"] for leaf in found["leaves"]}
-    after = {leaf["name"]: leaf["values"] for leaf in json.loads(spoiled.stdout)["leaves"]}
-    changed = {name for name in before if before[name] != after[name]}
-    kernel, norm = (
-        "decoder.scanned_blocks.local_layers.self_attention.query.kernel",
-        "decoder.decoder_norm.scale",
-    )
-    assert changed == {kernel, norm}
-    assert (after[kernel]["nan"], after[kernel]["inf"]) == (1, 1)
-    assert after[norm] == {**after[norm], "min": 0, "max": 0, "mean": 0, "zero_share": 1, "nan": 0, "inf": 0}
-    shown = _run("inspect", items, "--values")
-    assert shown.exit_code == 1
-    assert f"2 of {len(before)} leaves" in " ".join(shown.stdout.split())
+def test_checksum_refuses_its_target_before_reading(
+    monkeypatch: pytest.MonkeyPatch, moe: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("vllm_maxtext_loader.api.open_checkpoint", _broken)
+    (tmp_path / "directory").mkdir()
+    for path, says in (
+        (tmp_path / "absent" / "x.crc", "No such file or directory"),
+        (tmp_path / "directory", "not a regular file"),
+        ("/dev/null", "not a regular file"),
+        ("gs://bucket/x.crc", "must be a local file"),
+    ):
+        result = _run("checksum", moe, "-o", path)
+        assert result.exit_code == 2, result.stderr
+        assert str(path) in result.stderr
+        assert says in result.stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["directory"]
+    assert not list((tmp_path / "directory").iterdir())
 
 
 @pytest.mark.parametrize(
-    "name", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "a\\b", 5]
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)]
 )
-def test_index_may_name_files_of_its_directory_only(moe: Path, tmp_path: Path, name: object) -> None:
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
-    result = _run("verify", moe, tmp_path)
+def test_stopped_checksum_leaves_the_old_file(number: int, code: int, moe: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.crc").write_text("old")
+    stop = (
+        "import os, vllm_maxtext_loader.checksums as checksums\n"
+        f"checksums.compute = lambda *_: os.kill(os.getpid(), {int(number)})\n"
+    )
+    result = _subprocess("checksum", moe, "-o", tmp_path / "x.crc", code=stop + _MAIN)
+    assert result.returncode == code
+    assert "Traceback" not in result.stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["x.crc"]
+    assert (tmp_path / "x.crc").read_text() == "old"
+
+
+def test_inspect_values_exit_codes(edited: Callable[..., Path], moe: Path) -> None:
+    good = _run("inspect", moe, "--values")
+    assert good.exit_code == 0
+    assert "All values of 47 leaves are finite" in good.stdout
+
+    def diverge(params: Tree) -> None:
+        params["decoder"]["decoder_norm"]["scale"][3] = np.nan
+
+    items = edited("moe_v2", diverge)
+    assert _run("inspect", items).exit_code == 0
+    bad = _run("inspect", items, "--values")
+    assert bad.exit_code == 1
+    assert "1 of 47 leaves" in bad.stdout
+    found = json.loads(_run("inspect", items, "--values", "--json").stdout)
+    assert found["values_ok"] is False
+    (norm,) = (leaf for leaf in found["leaves"] if leaf["name"] == "decoder.decoder_norm.scale")
+    assert norm["values"]["nan"] == 1
+    shown = _run("inspect", "--help").stdout
+    assert not [key for key in ("values_ok", *norm["values"]) if key not in shown]
+
+
+def test_inspect_values_reads_the_data_files(edited: Callable[..., Path]) -> None:
+    items = edited("moe_v2", lambda params: None, ocdbt=False, zarr3=False)
+    for file in (items / "params.params.decoder.decoder_norm.scale").iterdir():
+        if file.name[0].isdigit():
+            file.unlink()
+    assert _run("inspect", items).exit_code == 0
+    result = _run("inspect", items, "--values")
     assert result.exit_code == 2
-    assert "model.safetensors.index.json" in result.stderr
-    assert result.stderr.strip().isprintable()
+    assert result.stdout == ""
+    assert "decoder_norm.scale" in result.stderr

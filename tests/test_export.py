@@ -264,6 +264,37 @@ def test_interrupted_export_leaves_nothing(stop: Callable[..., None], kind: type
     assert _files(tmp_path) == []
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_second_signal_does_not_stop_the_clean_up(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    rmtree, before = shutil.rmtree, signal.getsignal(number)
+
+    def interrupted(*arguments: Any, **settings: Any) -> None:
+        os.kill(os.getpid(), number)
+        rmtree(*arguments, **settings)
+
+    monkeypatch.setattr(export_module.shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt), sigterm_raises():
+        export(
+            open_checkpoint(cases()["dense_v2"].items),
+            tmp_path / "out",
+            config=cases()["dense_v2"].twin_config,
+            on_piece=_interrupt,
+        )
+    assert _files(tmp_path) == []
+    assert signal.getsignal(number) is before
+
+
+def test_ignored_hangup_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with sigterm_raises():
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_half_written_directory_has_no_configuration(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Even what a kill -9 leaves behind looks like no model: config.json is written last."""
     case = cases()["dense_v2"]
@@ -347,6 +378,20 @@ def test_a_tensor_larger_than_a_shard_is_one_file() -> None:
     assert len(shards) == len(plan.targets)
     assert next(iter(shards)) == "model-00001-of-00264.safetensors"
     assert list(split(plan, None, 10**12)) == ["model.safetensors"]
+
+
+def test_files_hold_layer_after_layer() -> None:
+    plan = open_checkpoint(cases()["moe_v2"].items).plan
+    shards = split(plan, np.dtype(np.float32), 10**6)
+    assert list(shards) == [
+        f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)
+    ]
+    assert all(sum(2 * target.nbytes for target in targets) <= 10**6 for targets in shards.values())
+    names = [target.name for targets in shards.values() for target in targets]
+    assert sorted(names) == sorted(plan.targets)
+    layers = [int(name.split(".")[2]) for name in names if ".layers." in name]
+    assert layers == sorted(layers)
+    assert layers[-1] == 11
 
 
 def test_mixed_dtypes_are_aligned(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import shutil
@@ -13,10 +14,16 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from support.checkpoints import Tree, cases
+from support.checkpoints import Tree, cases, read_orbax
 from vllm_maxtext_loader.checkpoint.tree import Leaf
 from vllm_maxtext_loader.errors import CheckpointNotFoundError
-from vllm_maxtext_loader.inspect_checkpoint import container_of, count_chunks, inspect_checkpoint
+from vllm_maxtext_loader.inspect_checkpoint import (
+    Inspection,
+    container_of,
+    count_chunks,
+    inspect_checkpoint,
+    read_values,
+)
 from vllm_maxtext_loader.tables import _show_leaves, ranges, show_inspection, size
 
 Edited = Callable[..., Path]
@@ -24,10 +31,17 @@ Edited = Callable[..., Path]
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
-def _shown(path: Path, width: int) -> str:
+def _shown(path: Path, width: int, values: bool = False) -> str:
     out = io.StringIO()
-    show_inspection(Console(file=out, width=width, highlight=False, markup=False), inspect_checkpoint(path))
+    found = _with_values(path) if values else inspect_checkpoint(path)
+    show_inspection(Console(file=out, width=width, highlight=False, markup=False), found)
     return out.getvalue()
+
+
+def _with_values(path: Path) -> Inspection:
+    found = inspect_checkpoint(path)
+    assert found.plan is not None
+    return dataclasses.replace(found, values=read_values(found.plan, found.tree))
 
 
 def _first_column(shown: str) -> str:
@@ -197,3 +211,58 @@ def test_small_words() -> None:
     assert ranges([4, 0, 1, 2, 6]) == "0-2,4,6"
     assert ranges([3, 4], together=False) == "3, 4"
     assert (size(8), size(3 << 20), size(5 << 30)) == ("8 B", "3.00 MiB", "5.00 GiB")
+
+
+@pytest.mark.parametrize("name", ["moe_v2", "dense_v1_axis0", "moe_f32", "e2b"])
+def test_values_are_those_that_orbax_reads(name: str) -> None:
+    tree = read_orbax(cases()[name].items)
+    found = _with_values(cases()[name].items)
+    assert found.values is not None
+    leaves = {leaf.key: leaf for leaf in found.tree.leaves.values()}
+    for key, statistics in found.values.items():
+        array: object = tree
+        for part in key.split("."):
+            assert isinstance(array, dict)
+            array = array[part]
+        values = np.asarray(array).astype(np.float64)
+        assert statistics.count == values.size == np.prod(leaves[key].shape)
+        assert (statistics.minimum, statistics.maximum) == (values.min(), values.max())
+        assert statistics.mean == pytest.approx(values.mean(), rel=1e-9, abs=1e-12)
+        assert statistics.zeros == (values == 0).sum()
+        assert statistics.nans == statistics.infinities == 0
+    assert found.values_ok is all(statistics.zeros < statistics.count for statistics in found.values.values())
+
+
+def test_trouble_is_on_top_and_marked(edited: Edited) -> None:
+    def diverge(params: Tree) -> None:
+        params["decoder"]["decoder_norm"]["scale"][3:5] = np.nan, -np.inf
+        local = params["decoder"]["scanned_blocks"]["local_layers"]
+        local["self_attention"]["query"]["kernel"][...] = np.nan
+        local["post_ffw_norm"]["scale"][...] = 0
+
+    items = edited("moe_v2", diverge)
+    found = _with_values(items)
+    assert found.values_ok is False
+    json.dumps(found.to_json(), allow_nan=False)
+    lines = _shown(items, 200, values=True).splitlines()
+    top = lines.index(next(line for line in lines if line.startswith("leaf") and "NaN" in line))
+    marked = {line.split()[1]: line.split()[2:] for line in lines[top + 1 : top + 4]}
+    assert marked["decoder.decoder_norm.scale"][-2:] == ["1", "1"]
+    assert marked["decoder.scanned_blocks.local_layers.post_ffw_norm.scale"] == [
+        *("0", "0", "0", "100", "%", "0", "0")
+    ]
+    assert marked["decoder.scanned_blocks.local_layers.self_attention.query.kernel"][:3] == ["-", "-", "-"]
+    assert all(line.startswith("! ") for line in lines[top + 1 : top + 4])
+    assert not lines[top + 4].startswith("! ")
+    assert lines[-1].startswith("3 of 47 leaves hold values that no trained model has: ")
+    assert "decoder.decoder_norm.scale (1 NaN, 1 inf)" in lines[-1]
+    assert max(map(len, _shown(items, 80, values=True).splitlines()[:-1])) <= 80
+
+
+def test_names_are_escaped() -> None:
+    leaf = Leaf("k", ("x\x1b[31m", "y\nz"), (3, 4), BF16, (3, 4))
+    out = io.StringIO()
+    _show_leaves(Console(file=out, width=200), [leaf])
+    assert "\x1b" not in out.getvalue()
+    assert "x\\x1b[31m" in out.getvalue()
+    assert "y\\nz" in out.getvalue()

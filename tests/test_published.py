@@ -87,3 +87,24 @@ def test_configuration_is_the_published_one(name: str) -> None:
         if made.get(field, "absent") != wanted.get(field, "absent")
     }
     assert differences.keys() == DIFFERENT.get(name, {}).keys(), differences
+
+
+def test_what_transformers_cannot_express_is_named_in_words() -> None:
+    dims = dataclasses.replace(published_dims("gemma4-26b"), vision=None)
+    last = dataclasses.replace(dims.layers[0])
+    with pytest.raises(ConfigMismatchError) as raised:
+        make_config(dataclasses.replace(dims, layers=(*dims.layers[:-1], last)), "gemma4-26b", "here")
+    assert str(raised.value).startswith(
+        "here: transformers cannot express this model. The checkpoint has layer 29: sliding-window attention, "
+        "8 KV heads of 256, MLP width 2112 (transformers full attention, 2 KV heads of 512, keys as values, MLP width 2112)."
+    )
+    assert "LayerDims" not in str(raised.value)
+
+
+def test_what_transformers_refuses_is_one_named_error() -> None:
+    """A model whose layers all share keys and values with an earlier one: its configuration has no number for them."""
+    dims = dataclasses.replace(published_dims("gemma4-26b"), vision=None)
+    layers = tuple(dataclasses.replace(layer, kv_heads=None, k_eq_v=False) for layer in dims.layers)
+    dims = dataclasses.replace(dims, layers=layers)
+    with pytest.raises(ConfigMismatchError, match=r"here: transformers refuses .*num_key_value_heads"):
+        make_config(dims, "gemma4-26b", "here")

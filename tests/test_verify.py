@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import shutil
@@ -12,11 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from support.checkpoints import cases
 from vllm_maxtext_loader import MaxTextLoadError, open_checkpoint
 from vllm_maxtext_loader.errors import ConfigMismatchError, HuggingFaceDirectoryError
 from vllm_maxtext_loader.hf_directory import canonical, read_hf_directory
+from vllm_maxtext_loader.tables import show_report
 from vllm_maxtext_loader.verify import Report, Row, Status, _add, _blocks, verify
 
 torch = pytest.importorskip("torch")
@@ -283,6 +286,56 @@ def test_sharded_directory(twin: Twin, tmp_path: Path) -> None:
     (tmp_path / "part-1.safetensors").unlink()
     with pytest.raises(HuggingFaceDirectoryError, match="1 of 2 shards are missing"):
         read_hf_directory(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        *("../a.safetensors", "/etc/passwd", "sub/a.safetensors", "..", ".", "", "a\\b.safetensors"),
+        *("a\0.safetensors", "a\x1b[2J/b", 7, None, ["a"]),
+    ],
+)
+def test_index_names_only_files_of_its_directory(file: object, twin: Twin, tmp_path: Path) -> None:
+    shutil.copy(twin("moe_v2") / "model.safetensors", tmp_path / "a.safetensors")
+    directory = tmp_path / "hf"
+    (directory / "sub").mkdir(parents=True)
+    shutil.copy(tmp_path / "a.safetensors", directory / "sub")
+    (directory / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"model.norm.weight": file}})
+    )
+    with pytest.raises(HuggingFaceDirectoryError, match="expected the bare name") as raised:
+        read_hf_directory(directory)
+    assert str(raised.value).isprintable()
+
+
+def test_header_that_contradicts_itself(tmp_path: Path) -> None:
+    """Overlap, holes, wrong sizes and out-of-range places are found before a value is read."""
+    for entries in (
+        {"a": ("F32", [2], [0, 8]), "b": ("F32", [2], [4, 12])},
+        {"a": ("F32", [2], [0, 8]), "b": ("F32", [1], [12, 16])},
+        {"a": ("F32", [3], [0, 8])},
+        {"a": ("F32", [2], [0, 80])},
+        {"a": ("F99", [2], [0, 8])},
+        {"a": ("F32", [-2], [0, 8])},
+    ):
+        header = {
+            name: {"dtype": dtype, "shape": shape, "data_offsets": place}
+            for name, (dtype, shape, place) in entries.items()
+        }
+        encoded = json.dumps(header).encode()
+        (tmp_path / "model.safetensors").write_bytes(len(encoded).to_bytes(8, "little") + encoded + bytes(16))
+        with pytest.raises(HuggingFaceDirectoryError, match=r"model\.safetensors: is truncated or not"):
+            read_hf_directory(tmp_path)
+
+
+def test_names_in_the_table_are_escaped(changed: Callable[..., Report]) -> None:
+    def edit(tensors: Tensors) -> None:
+        tensors["model.\x1b[2Jbad\nname"] = torch.ones(3)
+
+    out = io.StringIO()
+    show_report(Console(file=out, width=200), changed(edit), every_row=True)
+    assert "\x1b" not in out.getvalue()
+    assert "model.\\x1b[2Jbad\\nname" in out.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -121,10 +121,10 @@ def inspect(
       vllm-maxtext inspect CKPT --values
 
     [bold]Exit codes[/bold]
-      0  it would load
-      1  with --values: a value is not finite, or a leaf is all zero
-      2  it would not load, or there is no checkpoint
-      70 a fault of vllm-maxtext-loader, not of the input
+       0  it would load
+       1  with --values: a value is not finite, or a leaf is all zero
+       2  it would not load, or there is no checkpoint
+      70  a fault of vllm-maxtext-loader, not of the input
 
     [bold]Keys of --json[/bold]
       checkpoint, requested  paths; step: int or null
@@ -193,10 +193,10 @@ def verify(
       vllm-maxtext verify CKPT HF_DIR --json | jq '.tensors[].name'
 
     [bold]Exit codes[/bold]
-      0  the same
-      1  differences
-      2  unusable input
-      70 a fault of vllm-maxtext-loader, not of the input
+       0  the same
+       1  differences
+       2  unusable input
+      70  a fault of vllm-maxtext-loader, not of the input
 
     [bold]Keys of --json[/bold]
       checkpoint, hf_dir  paths
@@ -267,9 +267,9 @@ def export(
       vllm-maxtext export CKPT ./tuned --config HF_DIR --tokenizer HF_DIR
 
     [bold]Exit codes[/bold]
-      0  written
-      2  unusable input, or no space
-      70 a fault of vllm-maxtext-loader, not of the input
+       0  written
+       2  unusable input, or no space
+      70  a fault of vllm-maxtext-loader, not of the input
     """
     with tidy():
         from vllm_maxtext_loader.api import open_checkpoint
@@ -322,9 +322,9 @@ def checksum(
       vllm-maxtext checksum CKPT > FILE
 
     [bold]Exit codes[/bold]
-      0  done
-      2  unusable input, or FILE cannot be written
-      70 a fault of vllm-maxtext-loader, not of the input
+       0  done
+       2  unusable input, or FILE cannot be written
+      70  a fault of vllm-maxtext-loader, not of the input
     """
     with tidy():
         from vllm_maxtext_loader import checksums

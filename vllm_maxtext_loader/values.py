@@ -190,11 +190,7 @@ def _exponent(dtype: np.dtype) -> int:
 def _blocks(array: np.ndarray) -> Iterator[np.ndarray]:
     """The array's bits as unsigned integers: 1-D blocks in the order of its memory, copied only where strides ask for it."""
     if not array.size:
-        return iter(())
-    blocks: Any = np.nditer(
-        array.view(f"u{array.dtype.itemsize}"),
-        flags=["external_loop", "buffered"],
-        order="K",
-        buffersize=_BLOCK,
-    )
-    return iter(blocks)
+        return
+    bits = array.view(f"u{array.dtype.itemsize}")
+    for block in np.nditer(bits, ["external_loop", "buffered"], order="K", buffersize=_BLOCK):
+        yield np.asarray(block)
