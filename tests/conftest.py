@@ -22,6 +22,22 @@ for _name, _value in cpu_kernels.ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--no-skips", action="store_true", help="fail if a test was skipped (CI)")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """The engine's tests need tpu-inference; a contributor with the extra `cpu` does not have it."""
+    if item.get_closest_marker("engine") and importlib.util.find_spec("tpu_inference") is None:
+        pytest.skip("tpu-inference is not installed")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None and reporter.stats.get("skipped") and session.config.getoption("--no-skips"):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
 def _load(name: str) -> Any:
     spec = importlib.util.spec_from_file_location(name, FIXTURES / f"{name}.py")
     assert spec is not None

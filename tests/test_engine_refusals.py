@@ -20,8 +20,6 @@ from support.damage import biggest, cut
 from support.engine import PROMPTS, bound, distance, reference_logprobs, run_jobs, vocabulary
 from vllm_maxtext_loader import checksums, open_checkpoint
 
-pytest.importorskip("tpu_inference")
-pytest.importorskip("torch")
 pytestmark = pytest.mark.engine
 
 MOE = "moe_v2"

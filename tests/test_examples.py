@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("tpu_inference")
 pytestmark = pytest.mark.engine
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -15,10 +15,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch as safetensors_torch
+import torch
+import transformers
 
 import vllm_maxtext_loader.export as export_module
 import vllm_maxtext_loader.safetensors_files as files_module
-from support.checkpoints import Tree, cases
+from support.checkpoints import EXPORT_ONLY, SERVABLE, Tree, cases
 from vllm_maxtext_loader import MaxTextLoadError, open_checkpoint
 from vllm_maxtext_loader.errors import ConfigMismatchError, HuggingFaceDirectoryError, ReadError
 from vllm_maxtext_loader.export import export, parse_size, split
@@ -27,19 +30,8 @@ from vllm_maxtext_loader.safetensors_files import lay_out
 from vllm_maxtext_loader.terminal import sigterm_raises
 from vllm_maxtext_loader.verify import verify
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-safetensors_torch = pytest.importorskip("safetensors.torch")
-
 Twin = Callable[[str], Path]
 Edited = Callable[..., Path]
-
-SERVABLE = [
-    name
-    for name, case in cases().items()
-    if json.loads((case.twin_config / "config.json").read_text()).get("layer_types", ["full_attention"])[-1]
-    == "full_attention"
-]
 
 
 def _files(directory: Path) -> list[str]:
@@ -180,8 +172,6 @@ def test_text_checkpoint_under_a_multimodal_configuration(twin: Twin, tmp_path: 
 
 
 def test_what_maxtext_cannot_have_is_taken_out_of_the_configuration(tmp_path: Path) -> None:
-    if "moe_mm" not in cases():
-        pytest.skip("no multimodal fixture")
     case = cases()["moe_mm"]
     config = json.loads((case.twin_config / "config.json").read_text())
     config["vision_config"]["use_clipped_linears"] = True
@@ -363,11 +353,9 @@ def test_tensors_are_written_in_place(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert peak < checkpoint.plan.nbytes / 3
 
 
-def test_layer_that_no_configuration_describes(tmp_path: Path) -> None:
-    ending = [name for name in cases() if name not in SERVABLE]
-    if not ending:
-        pytest.skip("no fixture that ends in a sliding-window layer")
-    case = cases()[ending[0]]
+@pytest.mark.parametrize("name", EXPORT_ONLY)
+def test_layer_that_no_configuration_describes(name: str, tmp_path: Path) -> None:
+    case = cases()[name]
     with pytest.raises(ConfigMismatchError, match="sliding-window layer"):
         export(open_checkpoint(case.items), tmp_path / "out", config=case.twin_config)
 

@@ -15,7 +15,6 @@ import pytest
 from support import gcs
 from support.checkpoints import cases
 
-pytest.importorskip("tpu_inference")
 pytestmark = pytest.mark.engine
 
 HOST = Path(__file__).parent / "support" / "engine_host.py"

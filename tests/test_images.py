@@ -15,13 +15,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from support.checkpoints import cases
 from support.engine import bound, distance, run_jobs
 from tiny_tokenizer import write_tokenizer
 
-pytest.importorskip("tpu_inference")
-torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.engine
 
 CASE = "moe_mm"

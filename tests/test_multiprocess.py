@@ -26,7 +26,6 @@ CASE = "moe_v2"
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that the processes wrote."""
-    pytest.importorskip("jax")
     run = tmp_path_factory.mktemp("multiprocess") / "run"
     run.mkdir()
     address = f"127.0.0.1:{gcs.free_port()}"

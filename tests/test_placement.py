@@ -9,19 +9,14 @@ import random
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vllm_maxtext_loader.checkpoint.reader import Box, Piece, _Ring, boxes, read_pieces
 from vllm_maxtext_loader.checkpoint.tree import Leaf
-
-pytest.importorskip("tpu_inference")
-
-import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from tpu_inference.layers.common.process_weights.linear_weights import LinearWeights, process_linear_weights
-
 from vllm_maxtext_loader.tpu.columns import Run, linear_runs
 from vllm_maxtext_loader.tpu.shards import DeviceShard, HostShard, Weight, blocks, make_shard, parts
 
@@ -136,8 +131,14 @@ def test_blocks_are_the_flattened_array(shape: tuple[int, ...], groups: tuple[tu
         np.testing.assert_array_equal(made, flat)
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("n_shards", [1, 2, 4])
 def test_columns_go_where_tpu_inference_puts_them(n_shards: int) -> None:
+    from tpu_inference.layers.common.process_weights.linear_weights import (
+        LinearWeights,
+        process_linear_weights,
+    )
+
     rng = np.random.default_rng(0)
     query, key = rng.random((6, 8, 4), np.float32), rng.random((6, 2, 4), np.float32)
     repeats = max(1, n_shards // 2)

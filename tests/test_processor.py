@@ -13,9 +13,6 @@ import pytest
 
 from support.checkpoints import cases
 from tiny_tokenizer import write_tokenizer
-
-pytest.importorskip("vllm")
-
 from vllm_maxtext_loader import errors
 from vllm_maxtext_loader.engine import processor_files, warn_without_bos, write_config_dir
 from vllm_maxtext_loader.probe import probe

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from support import gcs
 from support.checkpoints import FIXTURES, cases
@@ -26,8 +27,6 @@ from support.engine import bound
 from tiny_tokenizer import write_tokenizer
 from vllm_maxtext_loader import open_checkpoint
 
-pytest.importorskip("tpu_inference")
-torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.engine
 
 CASE = "dense_v2"

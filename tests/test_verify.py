@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch as safetensors_torch
+import torch
 from rich.console import Console
 
 from support.checkpoints import cases
@@ -21,9 +23,6 @@ from vllm_maxtext_loader.errors import ConfigMismatchError, HuggingFaceDirectory
 from vllm_maxtext_loader.hf_directory import canonical, read_hf_directory
 from vllm_maxtext_loader.tables import show_report
 from vllm_maxtext_loader.verify import Report, Row, Status, _add, _blocks, verify
-
-torch = pytest.importorskip("torch")
-safetensors_torch = pytest.importorskip("safetensors.torch")
 
 Tensors = dict[str, "torch.Tensor"]
 Twin = Callable[[str], Path]
@@ -214,8 +213,6 @@ def test_an_untied_head_is_a_difference(changed: Callable[..., Report]) -> None:
 
 
 def test_half_a_vision_tower_is_a_difference(twin: Twin, tmp_path: Path) -> None:
-    if "moe_mm" not in cases():
-        pytest.skip("no multimodal fixture")
     tensors = safetensors_torch.load_file(twin("moe_mm") / "model.safetensors")
     vision = [name for name in tensors if "vision" in name]
     for gone, same in ((vision[:1], False), (vision, True)):
@@ -227,8 +224,6 @@ def test_half_a_vision_tower_is_a_difference(twin: Twin, tmp_path: Path) -> None
 
 
 def test_tensors_only_hugging_face_has(twin: Twin, tmp_path: Path) -> None:
-    if "e2b" not in cases():
-        pytest.skip("no fixture with shared keys")
     tensors = safetensors_torch.load_file(twin("e2b") / "model.safetensors")
     tensors["model.layers.9.self_attn.k_proj.weight"] = torch.ones(3)
     safetensors_torch.save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})

@@ -14,8 +14,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from tpu_inference.layers.common.process_weights.linear_weights import LinearWeights, process_linear_weights
-from tpu_inference.layers.common.process_weights.moe_weights import process_unquantized_moe_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +71,12 @@ def linear_runs(
         output_sizes: tpu-inference's.
         n_shards: shards its outputs are packed for.
     """
+    # Imported here: `Run` needs no tpu-inference, whose import takes over ten seconds.
+    from tpu_inference.layers.common.process_weights.linear_weights import (
+        LinearWeights,
+        process_linear_weights,
+    )
+
     numbers = _numbered({leaf: math.prod(axes) for leaf, axes, _ in outputs})
     packed = np.concatenate(
         [np.repeat(numbers[leaf].reshape(axes), repeats, axis=0).ravel() for leaf, axes, repeats in outputs]
@@ -99,6 +103,8 @@ def expert_runs(
 
     None where tpu-inference's layout does more than to move columns of gate and up.
     """
+    from tpu_inference.layers.common.process_weights.moe_weights import process_unquantized_moe_weights
+
     numbers = _numbered(dict(zip(leaves, widths, strict=True)))
     packed = np.concatenate(list(numbers.values()))
     inner = len(packed) // 2
