@@ -191,6 +191,7 @@ def test_manifest_agrees_with_itself() -> None:
     assert startup["periodSeconds"] * startup["failureThreshold"] >= int(timeout)
 
 
+@pytest.mark.engine
 def test_vllm_accepts_every_serve_command() -> None:
     """One process parses all of them: vLLM's parser takes seconds to import."""
     if importlib.util.find_spec("vllm") is None:
