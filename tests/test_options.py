@@ -6,7 +6,7 @@ import pytest
 
 from vllm_maxtext_loader import MaxTextLoadError
 from vllm_maxtext_loader.errors import OptionError
-from vllm_maxtext_loader.options import GIB, Options, read_budget
+from vllm_maxtext_loader.options import GIB, Options, memory_nbytes, read_budget
 
 
 def test_defaults() -> None:
@@ -76,6 +76,14 @@ def test_read_budget(nbytes: int, chunk: int, cores: int, budget: int) -> None:
     assert read_budget(0.5, nbytes, chunk, cores) == GIB // 2
 
 
-def test_read_budget_beyond_memory_is_refused() -> None:
-    with pytest.raises(OptionError, match=r"concurrent_gib is 1e\+06, but this machine has .* GiB of memory"):
-        read_budget(1e6, 1 << 30, 1 << 20, 2)
+def test_budget_beyond_memory_is_refused_with_both_numbers() -> None:
+    memory = memory_nbytes() / GIB
+    assert 0.5 < memory < 100_000
+    says = rf"concurrent_gib is 1e\+06, but this machine .* has {memory:.1f} GiB of memory\. Leave it out"
+    with pytest.raises(OptionError, match=says):
+        Options.parse({"concurrent_gib": 1e6})
+    with pytest.raises(OptionError, match=says):
+        read_budget(1e6, GIB, GIB, 1)
+    assert Options.parse({"concurrent_gib": memory / 2}).concurrent_gib == memory / 2
+    with pytest.raises(OptionError, match="concurrent_gib must be a number of GiB > 0, found -1"):
+        read_budget(-1, GIB, GIB, 1)

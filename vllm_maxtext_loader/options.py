@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from vllm_maxtext_loader.errors import OptionError
@@ -45,7 +46,8 @@ class Options:
         """Validates the dictionary the user gave.
 
         Raises:
-            OptionError: an unknown key (with the list of known ones) or a value of the wrong type.
+            OptionError: an unknown key (with the list of known ones), a value of the wrong type, or a
+                `concurrent_gib` beyond this machine's memory.
         """
         config = dict(extra_config or {})
         known = [field.name for field in dataclasses.fields(cls)]
@@ -73,7 +75,10 @@ class Options:
                 raise OptionError(
                     f"--model-loader-extra-config: {key} must be {wanted}, found {config[key]!r}."
                 )
-        return cls(**{key: value for key, value in config.items() if value is not None})
+        options = cls(**{key: value for key, value in config.items() if value is not None})
+        if options.concurrent_gib is not None:
+            _budget(options.concurrent_gib)
+        return options
 
 
 def read_budget(concurrent_gib: float | None, nbytes: int, chunk_nbytes: int, cores: int) -> int:
@@ -89,14 +94,37 @@ def read_budget(concurrent_gib: float | None, nbytes: int, chunk_nbytes: int, co
         cores: that decode.
 
     Raises:
-        OptionError: more was asked for than this machine has memory.
+        OptionError: `concurrent_gib` is not positive, or more than this machine's memory.
     """
     if concurrent_gib is not None:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if concurrent_gib * GIB > memory:
-            raise OptionError(
-                f"concurrent_gib is {concurrent_gib:g}, but this machine has {memory / GIB:.3g} GiB of memory. It bounds decoded "
-                f"data in flight: a few GiB are enough for any checkpoint."
-            )
-        return int(concurrent_gib * GIB)
+        return _budget(concurrent_gib)
     return max(min(max(nbytes // 16, GIB // 16), 2 * GIB), min(cores * chunk_nbytes, nbytes // 8))
+
+
+def _budget(concurrent_gib: float) -> int:
+    """The read budget that a user asks for, in bytes.
+
+    Raises:
+        OptionError: it is not positive, or more than this machine's memory.
+    """
+    if not concurrent_gib > 0:
+        raise OptionError(f"concurrent_gib must be a number of GiB > 0, found {concurrent_gib!r}.")
+    memory = memory_nbytes()
+    if concurrent_gib * GIB > memory:
+        raise OptionError(
+            f"concurrent_gib is {concurrent_gib:g}, but this machine (or container) has {memory / GIB:.1f} GiB of memory. "
+            "Leave it out: the read budget is then chosen by the checkpoint's size, 2 GiB or an eighth of it at most."
+        )
+    return int(concurrent_gib * GIB)
+
+
+def memory_nbytes() -> int:
+    """Bytes of memory this process may use: the machine's, or its container's limit where that is less."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    # cgroup v2 and v1. In a container its own group is mounted at the root; "max" means no limit.
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            memory = min(memory, int(Path(file).read_text()))
+        except (OSError, ValueError):
+            continue
+    return memory

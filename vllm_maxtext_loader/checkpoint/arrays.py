@@ -53,8 +53,10 @@ def open_arrays(
             except TimeoutError as error:
                 raise storage_error(f"cannot open leaf {name} of {items}", error) from error
             except Exception as error:
-                _refuse_unmerged(items)
-                raise array_error(f"cannot open leaf {name} of {items}", error, at_open=True) from error
+                ours = array_error(f"cannot open leaf {name} of {items}", error, at_open=True)
+                if isinstance(ours, CorruptMetadataError):
+                    _refuse_unmerged(items)
+                raise ours from error
     finally:
         # A future that nobody holds is given up. Its cancel() may wait, with Python's lock in hand, for a callback that waits for
         # that lock (TensorStore 0.1.86 python/tensorstore/future.cc): for ever, where many arrays fail at once.
@@ -69,7 +71,10 @@ def _refuse_unmerged(items: Location) -> None:
     Raises:
         CorruptMetadataError: `ocdbt.process_<n>` directories without the manifest above them.
     """
-    names = items.listdir()
+    try:
+        names = items.listdir()
+    except (OSError, MaxTextLoadError):
+        return
     parts = [name for name in names if name.startswith("ocdbt.process_")]
     if parts and MANIFEST not in names:
         raise CorruptMetadataError(
