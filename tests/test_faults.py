@@ -4,6 +4,8 @@ limit.
 
 from __future__ import annotations
 
+import asyncio
+import json
 import logging
 import os
 import re
@@ -15,10 +17,11 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from support import gcs
-from support.checkpoints import FIXTURES
+from support.checkpoints import FIXTURES, read_orbax
 from support.damage import biggest, cut, flip, pieces, unprivileged, without_database
 from vllm_maxtext_loader import errors, open_checkpoint
 
@@ -102,7 +105,12 @@ RECOVERS: dict[str, tuple[str, dict[str, object], str]] = {
     "cut metadata": (
         "read /0/items/_METADATA",
         {"cut": 100, "times": 1},
-        r"_METADATA: cannot read: .*not completed",
+        r"_METADATA: cannot read: .*Incomplete",
+    ),
+    "damaged metadata": (
+        "read /0/items/_METADATA",
+        {"flip": True, "times": 2},
+        r"_METADATA: cannot read: the content was damaged on the way: CRC-32C",
     ),
     "500 for the manifest": (
         "read .*manifest",
@@ -155,6 +163,11 @@ STAYS: dict[str, tuple[str, dict[str, object], tuple[str, ...]]] = {
         {"status": 503},
         ("cannot read leaf params", "{url}/0/items", "HTTP 503", "try again later"),
     ),
+    "metadata always damaged": (
+        "read /0/_CHECKPOINT_METADATA",
+        {"flip": True},
+        ("cannot read {url}/0/_CHECKPOINT_METADATA: the content was damaged on the way", "try again later"),
+    ),
     "hang when listing": ("list /", {"hang": 60}, ("cannot list {url}", "timed out", "VLLM_MAXTEXT_TIMEOUT")),
     "manifest hangs": (
         "read .*manifest",
@@ -193,14 +206,140 @@ def test_lasting_trouble_ends_in_one_error_in_time(remote: Remote, name: str) ->
     )
 
 
+@pytest.mark.parametrize(("status", "times"), [(403, 1), (503, 3)])
+def test_every_request_that_failed_is_logged(
+    remote: Remote, log: pytest.LogCaptureFixture, status: int, times: int
+) -> None:
+    """The client repeats nothing by itself."""
+    remote.fault("list /", status=status, times=times)
+    if status == 403:
+        refused(lambda: load(remote.url), errors.StorageError, "HTTP 403")
+    else:
+        load(remote.url)
+    failed = [request for request in remote.proxy.requests if request.status == status]
+    assert len(failed) == times
+    # The root's handler may have seen a record as well.
+    again = {id(record) for record in log.records if "Trying again" in record.getMessage()}
+    assert len(again) == (times if status == 503 else 0)
+
+
+ADVICE: dict[str, tuple[str, dict[str, object], str]] = {
+    "listing fails": ("list .*", {"status": 503}, "try again later"),
+    "listing hangs": ("list .*", {"hang": 60}, "VLLM_MAXTEXT_TIMEOUT"),
+    "listing breaks off": ("list .*", {"hang": 0}, "check the network"),
+    "a bad request": ("list .*", {"status": 400}, "Check that the path is right"),
+    "manifest fails": ("read .*manifest", {"status": 503}, "try again later"),
+    "manifest hangs": ("read .*manifest", {"hang": 60}, "VLLM_MAXTEXT_TIMEOUT"),
+    "manifest is a bad request": ("read .*manifest", {"status": 405}, "Check that the path is right"),
+    "manifest is refused": ("read .*manifest", {"status": 403}, "gcloud auth"),
+}
+
+
+@pytest.mark.parametrize("step", ["403", "500"])
+@pytest.mark.parametrize("name", list(ADVICE))
+def test_advice_follows_the_status_not_the_path(remote: Remote, tmp_path: Path, name: str, step: str) -> None:
+    match, what, advice = ADVICE[name]
+    shutil.copytree(FIXTURES / "moe_v2/checkpoints/0", tmp_path / "run" / step)
+    parts = "credentials-1/permission timed out 401 unauthenticated"
+    remote.prefix, remote.url = f"{remote.prefix}/{parts}", f"{remote.url}/{parts}"
+    remote.upload(tmp_path / "run").fault(match, **what)
+    message = refused(lambda: load(remote.url), errors.StorageError, re.escape(remote.url), advice)
+    others = {"try again later", "_TIMEOUT", "check the network", "Check that the path", "gcloud auth"}
+    assert [other for other in others if other in message] == [
+        other for other in others if other in advice
+    ], message
+
+
+REASONS = {
+    "requester pays": (
+        400,
+        "required",
+        "Bucket is a requester pays bucket but no user project provided.",
+        "copy the checkpoint",
+    ),
+    "service perimeter": (
+        403,
+        "vpcServiceControls",
+        "Request is prohibited by organization's policy.",
+        "run inside the perimeter",
+    ),
+    "closed billing": (
+        403,
+        "accountDisabled",
+        "The billing account for the owning project is disabled in state absent",
+        "enable the billing account",
+    ),
+    "disabled key": (
+        400,
+        "kmsKeyDisabled",
+        "Cloud KMS key is disabled: projects/p",
+        "enable the Cloud KMS key",
+    ),
+}
+
+
+@pytest.mark.parametrize("match", ["list /", "read .*manifest"])
+@pytest.mark.parametrize("name", list(REASONS))
+def test_advice_follows_the_reason_that_cloud_storage_gives(remote: Remote, name: str, match: str) -> None:
+    status, reason, sentence, advice = REASONS[name]
+    entry = {"message": sentence, "domain": "global", "reason": reason}
+    body = json.dumps({"error": {"code": status, "message": sentence, "errors": [entry]}})
+    remote.fault(match, status=status, body=body)
+    message = refused(lambda: load(remote.url), errors.StorageError, advice)
+    assert "gcloud auth" not in message
+    if match == "list /":
+        assert f"HTTP {status}: {sentence.rstrip('.')}. " in message
+
+
+@pytest.fixture(scope="module")
+def unmerged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose writer ended before Orbax merged the databases of its processes."""
+    import jax
+    import orbax.checkpoint as ocp
+    from etils import epath
+
+    run = tmp_path_factory.mktemp("unmerged")
+    shutil.copytree(FIXTURES / "moe_v2/checkpoints/0", run / "0")
+    shutil.rmtree(run / "0/items")
+    tree = jax.tree.map(np.asarray, read_orbax(FIXTURES / "moe_v2/checkpoints/0/items"))
+    handler = ocp.PyTreeCheckpointHandler()
+    items = epath.Path(run / "0/items")
+    items.mkdir()
+
+    async def save() -> None:
+        for future in await handler.async_save(items, args=ocp.args.PyTreeSave(tree)) or []:
+            future.result()
+
+    asyncio.run(save())
+    (run / "0/items/commit_success.txt").touch()
+    return run
+
+
+def test_databases_that_were_never_merged(remote: Remote, unmerged: Path, tmp_path: Path) -> None:
+    import orbax.checkpoint as ocp
+    from etils import epath
+
+    run = shutil.copytree(unmerged, tmp_path / "run")
+    says = (
+        "manifest.ocdbt does not exist next to ocdbt.process_0",
+        "the writer ended before it merged",
+        r"PyTreeCheckpointHandler\(\).finalize",
+        AGAIN,
+    )
+    remote.prefix, remote.url = f"{remote.prefix}-unmerged", f"{remote.url}-unmerged"
+    remote.upload(run)
+    for where in (str(run), remote.url):
+        refused(lambda where=where: load(where), CORRUPT, f"{where}/0/items", *says)
+    # The advice helps.
+    ocp.PyTreeCheckpointHandler().finalize(epath.Path(run / "0/items"))
+    assert load(run) > 40
+
+
 def test_refused_connection(remote: Remote) -> None:
     checkpoint = open_checkpoint(remote.url)
     remote.proxy.refuse()
     try:
-        network = (
-            "[Cc]onnection refused|Could ?n.t connect|Cannot connect|broken",
-            "check the network|_TIMEOUT",
-        )
+        network = ("[Cc]onnection refused|Could ?n.t connect|broken", "check the network|_TIMEOUT")
         refused(
             lambda: open_checkpoint(remote.url), errors.StorageError, f"cannot list {remote.url}", *network
         )
@@ -242,11 +381,7 @@ DAMAGE: dict[str, tuple[bool, Callable[[Path], object], type[Exception], tuple[s
         False,
         lambda items: (items / "manifest.ocdbt").unlink(),
         CORRUPT,
-        (
-            "manifest.ocdbt is missing next to ocdbt.process_0",
-            "before the parts .* were merged",
-            "choose another step",
-        ),
+        ("does not exist", AGAIN),
     ),
     "truncated manifest": (
         False,

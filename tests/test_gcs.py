@@ -6,28 +6,27 @@ import base64
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
+import urllib.parse
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import google_crc32c
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
-from gcsfs.retry import ChecksumError
-from multidict import CIMultiDict
 
 from support import gcs
 from support.checkpoints import FIXTURES, cases
 from support.damage import pieces, without_database
 from vllm_maxtext_loader import open_checkpoint
 from vllm_maxtext_loader.api import Checkpoint
-from vllm_maxtext_loader.checkpoint import bucket
-from vllm_maxtext_loader.checkpoint.location import locate
+from vllm_maxtext_loader.checkpoint.storage import Location
 
 
 @pytest.fixture(scope="module", params=["moe_v2", "moe_v1", "moe_v2 in files", "moe_v1 in files"])
@@ -126,8 +125,8 @@ def test_newest_and_wanted_step(proxy: gcs.Proxy, copy_case: Callable[[str], Pat
 def load_elsewhere(url: str, proxy: gcs.Proxy, **variables: str) -> subprocess.CompletedProcess[str]:
     """A load in a process of its own: Google's client finds credentials as it would outside of tests."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("GOOGLE_", "STORAGE_"))}
-    # An endpoint, unlike an emulator, is given credentials.
-    kept |= {"TENSORSTORE_GCS_HTTP_URL": proxy.url, **variables}
+    # An endpoint (fsspec's variable for a constructor argument), unlike an emulator, is given credentials.
+    kept |= {"FSSPEC_GCS_ENDPOINT_URL": proxy.url, "TENSORSTORE_GCS_HTTP_URL": proxy.url, **variables}
     return subprocess.run(
         [sys.executable, "-c", gcs.LOAD, url], env=kept, capture_output=True, text=True, timeout=120
     )
@@ -140,14 +139,16 @@ def test_public_bucket_without_credentials(proxy: gcs.Proxy, tmp_path: Path) -> 
         "CLOUDSDK_CONFIG": str(tmp_path),
         "GCE_METADATA_ROOT": f"127.0.0.1:{gcs.free_port()}",
     }
+    (tmp_path / ".netrc").write_text("default login me password SECRET\n")
+    (tmp_path / ".netrc").chmod(0o600)
     done = load_elsewhere(f"gs://{gcs.BUCKET}/public", proxy, **home)
     assert done.returncode == 0, done.stderr
     assert proxy.counts()["read"] > 3
     assert not any(request.authorization for request in proxy.requests)
 
 
-def test_service_account_and_no_secret_in_logs(proxy: gcs.Proxy, tmp_path: Path) -> None:
-    gcs.shared()[0].upload(FIXTURES / "dense_v2/checkpoints", gcs.BUCKET, "private/")
+def write_key(path: Path, token_uri: str) -> str:
+    """A service account's key that gets its tokens at `token_uri`; returns the private key."""
     pem = rsa.generate_private_key(65537, 2048).private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
@@ -155,16 +156,28 @@ def test_service_account_and_no_secret_in_logs(proxy: gcs.Proxy, tmp_path: Path)
         "type": "service_account",
         "client_email": "a@b.iam.gserviceaccount.com",
         "private_key": pem.decode(),
+        "token_uri": token_uri,
     }
-    (tmp_path / "key.json").write_text(json.dumps(key | {"token_uri": f"{proxy.url}/token"}))
+    path.write_text(json.dumps(key))
+    return pem.decode()
+
+
+def test_service_account_and_no_secret_in_logs(proxy: gcs.Proxy, tmp_path: Path) -> None:
+    gcs.shared()[0].upload(FIXTURES / "dense_v2/checkpoints", gcs.BUCKET, "private/")
+    pem = write_key(tmp_path / "key.json", f"{proxy.url}/token")
+    # A default entry would have aiohttp refuse a request that has a token.
+    (tmp_path / ".netrc").write_text("default login me password SECRET\n")
+    (tmp_path / ".netrc").chmod(0o600)
     token = {"access_token": "ya29.SECRET", "expires_in": 3600, "token_type": "Bearer"}
     proxy.faults = [
+        gcs.Fault("other /token", status=503, times=1),
         gcs.Fault("other /token", status=200, body=json.dumps(token)),
         gcs.Fault("read .*private/0/items/_METADATA", status=503, times=1),
     ]
     done = load_elsewhere(
         f"gs://{gcs.BUCKET}/private",
         proxy,
+        HOME=str(tmp_path),
         GOOGLE_APPLICATION_CREDENTIALS=str(tmp_path / "key.json"),
         # TensorStore would fetch a token of its own for the key, from Google only.
         GOOGLE_AUTH_TOKEN_FOR_TESTING="ya29.SECRET",
@@ -173,31 +186,70 @@ def test_service_account_and_no_secret_in_logs(proxy: gcs.Proxy, tmp_path: Path)
     asked = [request for request in proxy.requests if request.kind != "other"]
     assert len(asked) > 6
     assert {request.authorization for request in asked} == {"Bearer ya29.SECRET"}
+    exchanges = [request for request in proxy.requests if request.kind == "other"]
+    assert [request.status for request in exchanges] == [503, 200], "one token for all requests"
+    claims = urllib.parse.parse_qs(exchanges[-1].body.decode())["assertion"][0].split(".")[1]
+    scope = json.loads(base64.urlsafe_b64decode(claims + "=="))["scope"]
+    assert scope == "https://www.googleapis.com/auth/devstorage.read_only"
     said = done.stdout + done.stderr
     assert "private/0/items/_METADATA: cannot read: HTTP 503" in said
     assert "SECRET" not in said
-    assert pem.decode().splitlines()[1] not in said
+    assert pem.splitlines()[1] not in said
 
 
-def test_metadata_that_was_changed_on_the_way_is_read_again(
-    proxy: gcs.Proxy, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Cloud Storage sends a checksum along; one that does not fit is a failure like any other."""
-    gcs.shared()[0].upload(FIXTURES / "dense_v2/checkpoints", gcs.BUCKET, "hashed/")
-    url = f"gs://{gcs.BUCKET}/hashed/0/items/_METADATA"
-    content = bucket.read_object(url)
-    headers = CIMultiDict({"x-goog-hash": "crc32c=AAAAAA=="})
-    with pytest.raises(ChecksumError, match="Cloud Storage sent AAAAAA=="):
-        bucket.check_hash(headers, content)
-    good = base64.b64encode(google_crc32c.value(content).to_bytes(4, "big")).decode()
-    bucket.check_hash(CIMultiDict({"X-Goog-Hash": f"md5=abc==,crc32c={good}"}), content)
-    bucket.check_hash(CIMultiDict(), content)
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ({"status": 400, "body": '{"error": "invalid_grant", "error_description": "no"}'}, "invalid_grant"),
+        ({"hang": 60}, "no token"),
+    ],
+    ids=["refused", "hangs"],
+)
+def test_no_token(proxy: gcs.Proxy, tmp_path: Path, fault: dict[str, object], says: str) -> None:
+    write_key(tmp_path / "key.json", f"{proxy.url}/token")
+    proxy.faults = [gcs.Fault("other /token", **fault)]  # type: ignore[arg-type]
+    started = time.monotonic()
+    done = load_elsewhere(
+        f"gs://{gcs.BUCKET}/private",
+        proxy,
+        GOOGLE_APPLICATION_CREDENTIALS=str(tmp_path / "key.json"),
+        VLLM_MAXTEXT_TIMEOUT="3",
+    )
+    assert time.monotonic() - started < 25, "the time limit, and the start of a process on a busy machine"
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert re.search(rf"StorageError: cannot list gs://{gcs.BUCKET}/private: .*{says}", last), last
+    assert proxy.counts().keys() == {"other"}, "nothing is asked without the token"
 
 
-def test_runs_directory_finds_its_checkpoints(proxy: gcs.Proxy) -> None:
-    gcs.shared()[0].upload(FIXTURES / "dense_v2/checkpoints", gcs.BUCKET, "whole-run/checkpoints/")
-    gcs.shared()[0].put(gcs.BUCKET, "whole-run/tensorboard/events", b"x")
-    proxy.clear()
-    found = locate(f"gs://{gcs.BUCKET}/whole-run")
-    assert found.items.url == f"gs://{gcs.BUCKET}/whole-run/checkpoints/0/items"
-    assert proxy.counts()["list"] == 3, "the run, its checkpoints, the step"
+LIST_IN_A_FORKED_PROCESS = """
+import os, sys
+from vllm_maxtext_loader.checkpoint.storage import Location
+location = Location.parse(sys.argv[1])
+here = location.listdir()
+pid = os.fork()
+if pid == 0:
+    os._exit(0 if location.listdir() == here else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+
+
+def test_listing_in_a_forked_process(proxy: gcs.Proxy) -> None:
+    gcs.shared()[0].upload(FIXTURES / "dense_v2/checkpoints", gcs.BUCKET, "fork/")
+    command = [sys.executable, "-c", LIST_IN_A_FORKED_PROCESS, f"gs://{gcs.BUCKET}/fork"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert proxy.counts() == {"list": 2}
+
+
+def test_many_names_come_in_pages(proxy: gcs.Proxy) -> None:
+    server = gcs.shared()[0]
+    for number in range(1, 12):
+        server.put(gcs.BUCKET, f"pages/{number:02}", b"")
+    proxy.page_size = 4
+    try:
+        names = Location.parse(f"gs://{gcs.BUCKET}/pages").listdir()
+    finally:
+        proxy.page_size = None
+    assert names == [f"{number:02}" for number in range(1, 12)]
+    assert proxy.counts()["list"] == 3

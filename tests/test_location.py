@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import tensorstore as ts
 
 from support import gcs
 from support.checkpoints import FIXTURES
@@ -188,10 +188,8 @@ def test_damaged_step_metadata(place: Place, content: str) -> None:
 
 
 def test_what_is_no_checkpoint(place: Place) -> None:
-    place.step("0", parent="experiment/checkpoints")
     (place.root / "model").mkdir()
     (place.root / "model/config.json").write_text("{}")
-    assert locate(place.url("experiment")).items.url == place.url("experiment", "checkpoints/0/items")
     with pytest.raises(errors.NotACheckpointError, match=r"is no Orbax checkpoint: .* Found: config.json"):
         locate(place.url("model"))
     with pytest.raises(errors.NotACheckpointError, match=r"config.json: is a file; expected a directory"):
@@ -217,7 +215,8 @@ def test_nothing_there(tmp_path: Path) -> None:
         ):
             locate("gs://no-such-bucket/run")
         with pytest.raises(
-            errors.CheckpointNotFoundError, match="gs://-x/run: -x is not a valid bucket name"
+            errors.CheckpointNotFoundError,
+            match=r"gs://-x/run: is not a valid bucket name\. Bucket names must",
         ):
             locate("gs://-x/run")
 
@@ -229,10 +228,11 @@ def test_nothing_there(tmp_path: Path) -> None:
         ("  ", "path is empty"),
         ("gs://", "names no bucket"),
         ("s3://bucket/run", "scheme s3:// is not supported"),
-        ("a\0b", "is not a valid path"),
-        (b"/tmp/\xff\xfe", "is not a valid path"),
+        ("gs://me:secret@bucket/run", "is not a valid bucket name"),
+        ("a\0b", "is no path"),
+        (b"/tmp/\xff\xfe", "is no path"),
         (
-            "https://user:secret@host/x?X-Goog-Signature=abc&X-Goog-Credential=me",
+            "https://user:secret@host/x?X-Goog-Signature=abc&X-Goog-Credential=me&z=abc",
             "scheme https:// is not supported",
         ),
     ],
@@ -242,6 +242,162 @@ def test_what_is_no_path(path: str | bytes, says: str) -> None:
         locate(path)  # type: ignore[arg-type]
     assert "secret" not in str(raised.value)
     assert "abc" not in str(raised.value)
+
+
+def test_run_directory_finds_its_checkpoints(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    place.step("3", parent="experiment/checkpoints")
+    place.step("12", parent="experiment/checkpoints")
+    (place.root / "experiment/tensorboard").mkdir()
+    (place.root / "experiment/tensorboard/events").write_text("x")
+    experiment, checkpoints = place.url("experiment"), place.url("experiment", "checkpoints")
+    with caplog.at_level(logging.INFO):
+        assert locate(experiment).items.url == f"{checkpoints}/12/items"
+    said = [record.getMessage() for record in caplog.records if "run's directory" in record.getMessage()]
+    assert said == [f"{experiment} is a run's directory: using its checkpoints in {checkpoints}."]
+    assert locate(experiment, 3).items.url == f"{checkpoints}/3/items"
+    with pytest.raises(
+        errors.StepNotFoundError, match=r"experiment/checkpoints: has no step 4\. Steps: 3, 12"
+    ):
+        locate(experiment, 4)
+    # Steps that lie here come first, and only one level is looked into.
+    place.step("5", parent="experiment")
+    assert locate(place.url("experiment")).items.url == f"{experiment}/5/items"
+    place.step("1", parent="deep/checkpoints/checkpoints")
+    with pytest.raises(errors.NotACheckpointError, match=r"deep/checkpoints: is no Orbax checkpoint"):
+        locate(place.url("deep"))
+
+
+BUCKET_NAMES = {
+    "b": False,
+    "abc": True,
+    "UPPER": False,
+    "a..b": False,
+    "a.b-c_d": True,
+    "a.-b": False,
+    "a-.b": False,
+    "-abc": False,
+    "abc-": False,
+    "abc_": False,
+    "a._b": True,
+    "a b": False,
+    "a:b": False,
+    "b\u00fccher": False,
+    "a" * 63: True,
+    "a" * 64: False,
+    f"{'a' * 63}.{'b' * 63}": True,
+    f"{'a' * 60}." * 3 + "b" * 39: True,
+    f"{'a' * 60}." * 3 + "b" * 40: False,
+}
+
+
+@pytest.mark.parametrize("name", list(BUCKET_NAMES))
+def test_bucket_names_that_tensorstore_refuses(name: str) -> None:
+    valid = True
+    try:
+        ts.KvStore.Spec({"driver": "gcs", "bucket": name, "path": "x/"})
+    except ValueError:
+        valid = False
+    assert valid == BUCKET_NAMES[name], "the table is TensorStore's"
+    if valid:
+        assert Location.parse(f"gs://{name}/run").url == f"gs://{name}/run"
+        return
+    with pytest.raises(
+        errors.CheckpointNotFoundError, match=r"is not a valid bucket name\. Bucket names must"
+    ):
+        Location.parse(f"gs://{name}/run")
+
+
+@pytest.mark.parametrize("path", ["run\x1b", "a\nb", "a\x7fb", "a" * 1025, "\u00fc" * 600])
+def test_object_names_that_tensorstore_refuses(path: str) -> None:
+    with pytest.raises(ValueError, match="Invalid GCS path"):
+        ts.KvStore.Spec({"driver": "gcs", "bucket": "abc", "path": path})
+    with pytest.raises(errors.CheckpointNotFoundError, match="is not a valid object name") as raised:
+        Location.parse(f"gs://abc/{path}")
+    assert str(raised.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("text", "url"),
+    [
+        ("file:///x/run", "/x/run"),
+        ("file://localhost/x/run", "/x/run"),
+        ("FILE://LOCALHOST/x/run/", "/x/run"),
+        ("file:///", "/"),
+        ("GS://bucket/Run", "gs://bucket/Run"),
+        ("gs://bucket", "gs://bucket"),
+        ("gs://bucket/a/../b/", "gs://bucket/a/../b"),
+        ("gs://bucket/run?x=1#2", "gs://bucket/run?x=1#2"),
+    ],
+)
+def test_forms_of_a_url(text: str, url: str) -> None:
+    assert Location.parse(text).url == url
+
+
+@pytest.mark.parametrize("text", ["file://otherhost/x", "file://me:secret@otherhost/x", "file://x"])
+def test_file_of_another_host(text: str) -> None:
+    with pytest.raises(errors.CheckpointNotFoundError, match="only files of this machine") as raised:
+        Location.parse(text)
+    assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("address", "meant"),
+    [
+        ("https://storage.googleapis.com/bucket/run/30", "gs://bucket/run/30"),
+        ("http://storage.googleapis.com/bucket/run%20a/", "gs://bucket/run a"),
+        ("storage.googleapis.com/bucket/run", "gs://bucket/run"),
+        ("https://bucket.storage.googleapis.com/run/30", "gs://bucket/run/30"),
+        ("https://a.b.c.storage.googleapis.com/run", "gs://a.b.c/run"),
+        ("https://storage.cloud.google.com/bucket/run?authuser=1", "gs://bucket/run"),
+        ("https://storage.googleapis.com/storage/v1/b/bucket/o/run%2F30?alt=media", "gs://bucket/run/30"),
+        ("https://www.googleapis.com/download/storage/v1/b/bucket/o/run%2F30", "gs://bucket/run/30"),
+        ("https://console.cloud.google.com/storage/browser/bucket/run/30", "gs://bucket/run/30"),
+        (
+            "https://console.cloud.google.com/storage/browser/bucket/run;tab=objects?project=p&prefix=&forceOnObjects=x",
+            "gs://bucket/run",
+        ),
+        (
+            "https://console.cloud.google.com/storage/browser/_details/bucket/run/x;tab=live_object",
+            "gs://bucket/run/x",
+        ),
+        ("https://console.cloud.google.com/storage/browser/bucket;tab=objects#x", "gs://bucket"),
+        ("https://console.cloud.google.com/welcome?project=p", "gs://BUCKET/path"),
+        ("https://me:secret@storage.googleapis.com/bucket/run", "gs://bucket/run"),
+    ],
+)
+def test_web_address_is_refused_with_its_gs_form(address: str, meant: str) -> None:
+    signature = "X-Goog-Signature=SIGNATURE&X-Goog-Credential=SIGNATURE&Expires=1&x=SIGNATURE"
+    for pasted in (address, f"{address}{'&' if '?' in address else '?'}{signature}"):
+        with pytest.raises(errors.CheckpointNotFoundError) as raised:
+            locate(pasted)
+        message = str(raised.value)
+        assert message.endswith(f"is a web address; give the path in the bucket: {meant}")
+        assert "SIGNATURE" not in message
+        assert "secret" not in message
+        assert "?" not in message
+
+
+def test_listed_names_cannot_forge_lines_or_steer_a_terminal(place: Place) -> None:
+    names = (
+        ("\x1b[2J_30", "a\u202eb") if place.is_remote else ("\x1b[2J_30", "a\u202eb", "x\nWARNING: forged")
+    )
+    for name in names:
+        (place.root / "run" / name).mkdir(parents=True)
+        (place.root / "run" / name / "f").write_text("x")
+    for named in ((), ("x",)):
+        with pytest.raises(errors.MaxTextLoadError) as raised:
+            locate(place.url("run", *named))
+        message = str(raised.value)
+        assert message.isprintable()
+        assert r"\x1b[2J_30" in message
+    place.step("7")
+    assert locate(place.url("run")).step == 7
+
+
+def test_link_to_a_name_with_escapes(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("\x1b[2J")
+    with pytest.raises(errors.CheckpointNotFoundError, match=r"link to \\x1b\[2J, which does not exist"):
+        locate(tmp_path / "link")
 
 
 def test_forms_of_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,12 +491,14 @@ def test_requests(tmp_path: Path) -> None:
         place = Place(tmp_path, tmp_path.name)
         place.step("1")
         (place.step("2") / COMMIT_FILE).unlink()
+        place.step("1", parent="experiment/checkpoints")
         run, step, items = place.url("run"), place.url("run", "1"), place.url("run", "1", "items")
         for named, wanted, kinds in (
             (step, None, {"list": 1, "stat": 1, "read": 1}),
             (items, None, {"list": 1, "stat": 1, "read": 1}),
             (run, 1, {"list": 2, "stat": 1, "read": 1}),
             (run, None, {"list": 3, "stat": 2, "read": 2}),
+            (place.url("experiment"), None, {"list": 3, "stat": 1, "read": 1}),
         ):
             proxy.clear()
             locate(named, wanted)
@@ -368,62 +526,3 @@ def test_step_deleted_while_steps_are_looked_at(tmp_path: Path) -> None:
 def assert_says(error: Exception, *parts: str) -> None:
     for part in parts:
         assert part in str(error), f"{part!r} is not in {error}"
-
-
-@pytest.mark.parametrize(
-    ("address", "meant"),
-    [
-        ("https://storage.googleapis.com/my-bucket/run/0?X-Goog-Signature=SECRET", "gs://my-bucket/run/0"),
-        ("https://my-bucket.storage.googleapis.com/run%20a/0", "gs://my-bucket/run a/0"),
-        ("https://storage.cloud.google.com/my-bucket/run", "gs://my-bucket/run"),
-        (
-            "https://console.cloud.google.com/storage/browser/my-bucket/run;tab=objects?project=p",
-            "gs://my-bucket/run",
-        ),
-        (
-            "https://console.cloud.google.com/storage/browser/_details/my-bucket/run/x;tab=live",
-            "gs://my-bucket/run/x",
-        ),
-        ("https://www.googleapis.com/storage/v1/b/my-bucket/o/run%2F0", "gs://my-bucket/run/0"),
-        ("http://storage.googleapis.com/my-bucket", "gs://my-bucket"),
-    ],
-)
-def test_pasted_web_address_is_answered_with_its_gs_form(address: str, meant: str) -> None:
-    with pytest.raises(errors.CheckpointNotFoundError, match=re.escape(f"Give {meant}.")) as raised:
-        locate(address)
-    assert "SECRET" not in str(raised.value)
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["b", "ab", "UPPER", "a..b", "-ab", "ab-", "a b", "a" * 64, "bücket", "b\x1b[31m", "user:secret@host"],
-)
-def test_bucket_names_that_cannot_be(name: str) -> None:
-    with pytest.raises(errors.CheckpointNotFoundError, match="is not a valid bucket name") as raised:
-        locate(f"gs://{name}/run")
-    assert str(raised.value).isprintable()
-
-
-@pytest.mark.parametrize("path", ["gs://bucket/a/../b", "gs://bucket/a\nb", "gs://bucket/\x1b[31m"])
-def test_object_names_that_cannot_be(path: str) -> None:
-    with pytest.raises(errors.CheckpointNotFoundError, match="is not a valid object name") as raised:
-        locate(path)
-    assert str(raised.value).isprintable()
-
-
-def test_file_urls(tmp_path: Path) -> None:
-    for url in (f"file://{tmp_path}", f"file://localhost{tmp_path}"):
-        assert Location.parse(url).url == str(tmp_path)
-    with pytest.raises(errors.CheckpointNotFoundError, match="names a file of another machine, fileserver"):
-        Location.parse("file://fileserver/x")
-
-
-def test_names_of_others_are_escaped(tmp_path: Path) -> None:
-    """A directory can be named to move a terminal's cursor, or to forge a line of a log."""
-    (tmp_path / "x\x1b[2J\nERROR forged").mkdir()
-    for path in (tmp_path, tmp_path / "nothing", tmp_path / "x\x1b[2J\nERROR forged"):
-        with pytest.raises(errors.MaxTextLoadError) as raised:
-            locate(path)
-        assert str(raised.value).isprintable()
-    with pytest.raises(errors.NotACheckpointError, match=re.escape(r"x\x1b[2J\nERROR forged")):
-        locate(tmp_path)

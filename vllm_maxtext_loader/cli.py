@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from vllm_maxtext_loader.checkpoint.limits import printable
+from vllm_maxtext_loader.errors import printable
 from vllm_maxtext_loader.terminal import (
     DIFFERENT,
     console,

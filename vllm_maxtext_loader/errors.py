@@ -1,92 +1,104 @@
-"""One named error per way a checkpoint can be unusable; all of them are `MaxTextLoadError`.
+"""One named error per way a checkpoint can be unusable.
 
-Storage faults are `OSError`s as well; wrong input and wrong configuration are `ValueError`s. A message names the path,
-the leaf, what was expected and found, and what to do about it. All but `ReadError` and `IncompleteLoadError` are
-raised from metadata, before any array data is read.
+All of them are `MaxTextLoadError`. Storage faults are also `OSError`s, wrong input and configuration `ValueError`s.
+A message names the path, the leaf, what was expected and found, and what to do about it.
+All but `ReadError` are raised from metadata, before any array data is read.
 """
 
 from __future__ import annotations
 
 
+def printable(text: str) -> str:
+    r"""`text` with its non-printable characters escaped ("\n", "\x1b", "\u202e"), for logs, messages and tables.
+
+    Names in a checkpoint or a listing are foreign input: a line break forges a log line, ESC steers a terminal.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+        for character in text
+    )
+
+
 class MaxTextLoadError(Exception):
-    """A MaxText checkpoint cannot be loaded; the base of every error of this package."""
+    """A MaxText checkpoint cannot be loaded; the base of every error of this package.
+
+    Args:
+        message: the whole message. The only argument: with two, an `OSError` takes the first for an errno.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
-class _InputError(MaxTextLoadError, ValueError):
-    """What was given is wrong: a path, a checkpoint's content, a configuration, an option."""
-
-
-class _StorageFault(MaxTextLoadError, OSError):
-    """What was given may be right; it could not be read."""
-
-
-class CheckpointNotFoundError(_InputError):
+class CheckpointNotFoundError(MaxTextLoadError, OSError):
     """Nothing exists at the given path or URL."""
 
 
-class NotACheckpointError(_InputError):
+class NotACheckpointError(MaxTextLoadError, ValueError):
     """The path exists but holds no Orbax PyTree checkpoint."""
 
 
-class UncommittedCheckpointError(_InputError):
+class UncommittedCheckpointError(MaxTextLoadError, ValueError):
     """The checkpoint was never committed: its writer is still at work, or died."""
 
 
-class StepNotFoundError(_InputError):
+class StepNotFoundError(MaxTextLoadError, ValueError):
     """The requested step is not among the committed ones."""
 
 
-class CorruptMetadataError(_InputError):
+class CorruptMetadataError(MaxTextLoadError, ValueError):
     """The checkpoint's metadata cannot be parsed or contradicts itself."""
 
 
-class UnknownModelError(_InputError):
+class UnknownModelError(MaxTextLoadError, ValueError):
     """The tree is not one of the model families this package knows."""
 
 
-class LayoutError(_InputError):
+class LayoutError(MaxTextLoadError, ValueError):
     """The layers cannot be placed: scan axes do not fit the shapes, or two readings fit."""
 
 
-class MissingLeafError(_InputError):
+class MissingLeafError(MaxTextLoadError, ValueError):
     """The model needs tensors that no leaf of the checkpoint provides."""
 
 
-class UnknownLeafError(_InputError):
+class UnknownLeafError(MaxTextLoadError, ValueError):
     """The checkpoint has leaves the model has no place for."""
 
 
-class WrongShapeError(_InputError):
+class WrongShapeError(MaxTextLoadError, ValueError):
     """A leaf's shape is not the one the model's configuration demands."""
 
 
-class UnsupportedDtypeError(_InputError):
+class UnsupportedDtypeError(MaxTextLoadError, ValueError):
     """A leaf is stored in a dtype that is not a plain floating point one."""
 
 
-class ConfigMismatchError(_InputError):
+class ConfigMismatchError(MaxTextLoadError, ValueError):
     """The Hugging Face configuration and the checkpoint's shapes contradict each other."""
 
 
-class OptionError(_InputError):
-    """An option or environment variable has an unknown key or an unusable value."""
+class OptionError(MaxTextLoadError, ValueError):
+    """An option is unknown or unusable: in `--model-loader-extra-config`, or an environment variable of ours."""
 
 
-class EngineError(_InputError):
+class EngineError(MaxTextLoadError, ValueError):
     """The engine is set up in a way, or is of a version, this loader cannot serve."""
 
 
-class IncompleteLoadError(_InputError):
+class IncompleteLoadError(MaxTextLoadError, ValueError):
     """After loading, a parameter of the engine did not come from the checkpoint, or a tensor was left over."""
 
 
-class StorageError(_StorageFault):
+class StorageError(MaxTextLoadError, OSError):
     """The storage refused or did not answer: permissions, network, time limit."""
 
 
-class ReadError(_StorageFault):
+class ReadError(MaxTextLoadError, OSError):
     """Array data could not be read: a missing, truncated or corrupt chunk."""
 
 
-class HuggingFaceDirectoryError(_InputError):
+class HuggingFaceDirectoryError(MaxTextLoadError, ValueError):
     """A Hugging Face directory cannot be used: missing, damaged, incomplete, or in the way."""

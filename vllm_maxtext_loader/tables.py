@@ -10,10 +10,10 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from vllm_maxtext_loader.checkpoint.limits import printable
 from vllm_maxtext_loader.checkpoint.tree import Leaf
 from vllm_maxtext_loader.conversion.gemma4 import Dims
 from vllm_maxtext_loader.conversion.layout import describe
+from vllm_maxtext_loader.errors import printable
 from vllm_maxtext_loader.hf_config import PRESETS, PUBLISHED_VOCAB
 from vllm_maxtext_loader.inspect_checkpoint import Inspection, container_of, count_chunks
 from vllm_maxtext_loader.values import ValueStatistics

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from vllm_maxtext_loader.checkpoint.limits import brief, printable
-from vllm_maxtext_loader.errors import MaxTextLoadError
+from vllm_maxtext_loader.checkpoint.limits import brief
+from vllm_maxtext_loader.errors import MaxTextLoadError, printable
 
 if TYPE_CHECKING:
     from rich.console import Console

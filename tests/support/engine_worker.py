@@ -12,6 +12,7 @@ are images, every prompt has one.
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import logging
@@ -112,11 +113,13 @@ def _add_parameter() -> Callable[[], None]:
 
     init = Gemma4ForCausalLM.__init__
 
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+    # Keeps the signature: vLLM looks at it.
+    @functools.wraps(init)
+    def with_parameter(self: Any, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
         self.register_parameter("renamed_weight", torch.nn.Parameter(torch.zeros(1), requires_grad=False))
 
-    vars_set(Gemma4ForCausalLM, "__init__", __init__)
+    vars_set(Gemma4ForCausalLM, "__init__", with_parameter)
     return lambda: vars_set(Gemma4ForCausalLM, "__init__", init)
 
 

@@ -19,7 +19,7 @@ import os
 import subprocess
 import time
 import urllib.parse
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -142,12 +142,10 @@ def environment(url: str, **more: str) -> Iterator[None]:
     values = {**ENVIRONMENT, "STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url, **more}
     before = {key: os.environ.get(key) for key in values}
     os.environ.update(values)
-    retries = _tensorstore_counts()["kvstore/gcs/retries"]
     try:
         yield
     finally:
-        # Only a load with failed requests can leave one behind that TensorStore repeats later.
-        _wait_for_quiet(1.0 if _tensorstore_counts()["kvstore/gcs/retries"] > retries else 0.0)
+        _wait_for_quiet()
         for key, value in before.items():
             if value is None:
                 os.environ.pop(key, None)
@@ -155,29 +153,19 @@ def environment(url: str, **more: str) -> Iterator[None]:
                 os.environ[key] = value
 
 
-def _tensorstore_counts() -> Counter[str]:
-    """TensorStore's counts of HTTP requests started and active, and of requests to GCS that it repeated."""
-    metrics = tensorstore.experimental_collect_matching_metrics("/tensorstore/")
-    return Counter(
-        {
-            name: sum(int(value.get("value", 0)) for value in metric["values"])
-            for metric in metrics
-            for name in ("http/request_started", "http/active", "kvstore/gcs/retries")
-            if metric["name"] == f"/tensorstore/{name}"
-        }
-    )
-
-
-def _wait_for_quiet(seconds: float, most: float = 20.0) -> None:
-    """Returns once no request is active and TensorStore has started none for so many seconds."""
+def _wait_for_quiet(seconds: float = 1.0, most: float = 20.0) -> None:
+    """Returns once TensorStore has made no request for so many seconds: loads that were given up are repeated for a while."""
     started = quiet_since = time.monotonic()
-    counts = _tensorstore_counts()
-    while (now := time.monotonic()) < started + most:
-        previous, counts = counts, _tensorstore_counts()
-        if counts != previous or counts["http/active"]:
-            quiet_since = now
-        elif now >= quiet_since + seconds:
-            return
+    requests = None
+    while (now := time.monotonic()) < min(quiet_since + seconds, started + most):
+        found = tensorstore.experimental_collect_matching_metrics("/tensorstore/http/")
+        counts = {metric["name"].rsplit("/", 1)[-1]: metric["values"] for metric in found}
+        made, active = (
+            sum(int(value.get("value", 0)) for value in counts.get(name, []))
+            for name in ("request_started", "active")
+        )
+        if made != requests or active:
+            requests, quiet_since = made, now
         time.sleep(0.05)
 
 

@@ -28,6 +28,7 @@ class Request:
         status: HTTP status of the answer; 0 where the connection was broken instead.
         sent: bytes of the whole answer's body.
         authorization: the Authorization header, "" where there is none.
+        body: what the client sent.
     """
 
     method: str
@@ -37,6 +38,7 @@ class Request:
     status: int
     sent: int
     authorization: str = ""
+    body: bytes = b""
 
 
 @dataclasses.dataclass
@@ -48,6 +50,7 @@ class Fault:
         status: HTTP status to answer with instead of asking the server.
         hang: seconds to wait without a byte before the connection is broken.
         cut: bytes of the body after which the connection is broken.
+        flip: whether the first byte of the body is damaged.
         rate: bytes per second of the body.
         after: requests to let pass first.
         times: requests it happens to; None means all.
@@ -59,6 +62,7 @@ class Fault:
     status: int | None = None
     hang: float | None = None
     cut: int | None = None
+    flip: bool = False
     rate: float | None = None
     after: int = 0
     times: int | None = None
@@ -87,6 +91,8 @@ class Proxy:
         self.url = f"http://127.0.0.1:{self.port}"
         self.requests: list[Request] = []
         self.faults: list[Fault] = []
+        self.page_size: int | None = None
+        """Names in one page of a listing; None means the server's own number."""
         self.lock = threading.Lock()
         self.closing = threading.Event()
         self.connections: set[socket.socket] = set()
@@ -181,12 +187,16 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         else:
             status, headers, data = self._ask(body)
         whole = status in (200, 206)
+        if fault.flip and whole:
+            data = bytes([data[0] ^ 0xFF]) + data[1:]
         broken = fault.hang is not None or (fault.cut is not None and whole)
         with owner.lock:
             span = self.headers.get("Range") or ""
             authorization = self.headers.get("Authorization") or ""
             answered = 0 if broken else status
-            owner.requests.append(Request(self.command, kind, name, span, answered, len(data), authorization))
+            owner.requests.append(
+                Request(self.command, kind, name, span, answered, len(data), authorization, body or b"")
+            )
         if fault.hang is not None:
             closing.wait(fault.hang)
             self._break()
@@ -215,7 +225,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         upstream = http.client.HTTPConnection("127.0.0.1", self.owner.upstream, timeout=60)
         try:
             asked = {key: value for key, value in self.headers.items() if key.lower() not in _HOP_BY_HOP}
-            upstream.request(self.command, self.path, body, asked)
+            target = self.path
+            if self.owner.page_size is not None and classify(target)[0] == "list":
+                target += f"&maxResults={self.owner.page_size}"
+            upstream.request(self.command, target, body, asked)
             answer = upstream.getresponse()
             headers = [pair for pair in answer.getheaders() if pair[0].lower() not in _HOP_BY_HOP]
             return answer.status, headers, answer.read()

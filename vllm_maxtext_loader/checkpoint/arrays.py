@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 from collections.abc import Iterable
 from typing import Any
 
 import tensorstore as ts
 
-from vllm_maxtext_loader.checkpoint.limits import brief, printable, storage_error
+from vllm_maxtext_loader.checkpoint.limits import brief, storage_error
 from vllm_maxtext_loader.checkpoint.storage import Location
 from vllm_maxtext_loader.checkpoint.waiting import Watch
 from vllm_maxtext_loader.errors import CorruptMetadataError, MaxTextLoadError, ReadError
@@ -53,39 +54,13 @@ def open_arrays(
             except TimeoutError as error:
                 raise storage_error(f"cannot open leaf {name} of {items}", error) from error
             except Exception as error:
-                ours = array_error(f"cannot open leaf {name} of {items}", error, at_open=True)
-                if isinstance(ours, CorruptMetadataError):
-                    _refuse_unmerged(items)
-                raise ours from error
+                raise array_error(f"cannot open leaf {name} of {items}", error, at_open=True) from error
     finally:
         # A future that nobody holds is given up. Its cancel() may wait, with Python's lock in hand, for a callback that waits for
         # that lock (TensorStore 0.1.86 python/tensorstore/future.cc): for ever, where many arrays fail at once.
         futures.clear()
         watch.close()
     return arrays
-
-
-def _refuse_unmerged(items: Location) -> None:
-    """Explains arrays that are not there because the writer's processes were never merged into one database.
-
-    Raises:
-        CorruptMetadataError: `ocdbt.process_<n>` directories without the manifest above them.
-    """
-    try:
-        names = items.listdir()
-    except (OSError, MaxTextLoadError):
-        return
-    parts = [name for name in names if name.startswith("ocdbt.process_")]
-    if parts and MANIFEST not in names:
-        raise CorruptMetadataError(
-            f"{items}: {MANIFEST} is missing next to {printable(', '.join(parts[:4]))}: the writer ended before the parts that its "
-            f"processes wrote were merged, or the file was lost in a copy. Copy the checkpoint again with {MANIFEST}, finish the "
-            f"save where it was written, or choose another step."
-        )
-
-
-MANIFEST = "manifest.ocdbt"
-"""Root of an OCDBT database; in the item once all processes' parts have been merged."""
 
 
 def _spec(items: Location, name: str, stored: Format, since: float) -> dict[str, Any]:
@@ -113,11 +88,12 @@ def array_error(what: str, error: BaseException, *, at_open: bool = False) -> Ma
         error: what TensorStore raised.
         at_open: whether only metadata was being read.
     """
-    detail = brief(str(error))
-    if detail.partition(":")[0] in _DAMAGED or "Error decoding" in detail:
+    text = str(error)
+    # What stands in quotes is the checkpoint's: paths and names.
+    if text.partition(":")[0] in _DAMAGED or "Error decoding" in re.sub(r'"(?:[^"\\]|\\.)*"', "", text):
         kind = CorruptMetadataError if at_open else ReadError
         return kind(
-            f"{what}: {detail}. The checkpoint is incomplete or damaged there, or its writer has deleted the "
+            f"{what}: {brief(text)}. The checkpoint is incomplete or damaged there, or its writer has deleted the "
             "step meanwhile: copy it again, or choose another step."
         )
     return storage_error(what, error)

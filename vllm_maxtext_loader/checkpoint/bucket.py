@@ -1,37 +1,62 @@
 """Listings, look-ups and metadata files in a bucket, by gcsfs.
 
 Every request is bounded in time and repeated where that can help; a repetition is logged with the object's
-path. TensorStore reads the arrays (see `storage`); here are the few small files around them. Written against gcsfs
-2026.1.0: `GCSFileSystem.call` makes one request of the JSON API, with no listing cache in between.
+path. TensorStore reads the arrays (see `storage`); here are the few small files around them.
+
+Requests are made with `GCSFileSystem.call`: its `ls`, `info` and `exists` send a second request where nothing is
+found, and `cat_file` does not compare checksums.
 """
 
 from __future__ import annotations
 
 import base64
+import errno
 import functools
+import json
 import os
+import random
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
-
-import google_crc32c
 
 from vllm_maxtext_loader.checkpoint.limits import (
     Backoff,
-    Fault,
-    fault_of,
+    Failure,
+    RequestError,
+    http_failure,
     no_progress_seconds,
-    reason_of,
     retry_warning,
     storage_error,
 )
 from vllm_maxtext_loader.errors import CheckpointNotFoundError
 
 if TYPE_CHECKING:
-    from gcsfs import GCSFileSystem
+    import aiohttp
 
 _ATTEMPTS_IN_LIMIT = 3
 """A request that hangs is given up after this fraction of the limit, so that it can be repeated within it."""
+
+_SCOPE = "https://www.googleapis.com/auth/devstorage.read_only"
+
+BUCKET_NAMING = (
+    "Bucket names must have 3 to 63 characters (with dots up to 222): lower-case letters, digits, dots, hyphens and "
+    "underscores, with a letter or digit first and last."
+)
+
+_BUCKET_NAME = re.compile(r"(?!.*(?:\.\.|-\.|\.-))[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
+_LONGEST_PART = 63
+_LONGEST_PATH = 1024
+
+
+def is_bucket_name(name: str) -> bool:
+    """Whether TensorStore takes it for a bucket's name (0.1.86, `IsValidBucketName`)."""
+    return bool(_BUCKET_NAME.fullmatch(name)) and all(len(part) <= _LONGEST_PART for part in name.split("."))
+
+
+def is_object_name(name: str) -> bool:
+    """Whether TensorStore takes it for an object's name (0.1.86, `IsValidObjectName`)."""
+    return len(name.encode()) <= _LONGEST_PATH and all(c >= " " and c != "\x7f" for c in name)
 
 
 def split(url: str) -> tuple[str, str]:
@@ -53,29 +78,44 @@ def list_names(url: str, most: int | None = None) -> list[str]:
     """
     bucket, path = split(url)
     prefix = f"{path}/" if path else ""
-    fields: dict[str, Any] = {
-        "delimiter": "/",
-        "prefix": prefix,
-        "fields": "items(name),prefixes,nextPageToken",
-    }
-    if most is not None:
-        fields["maxResults"] = most
     names: set[str] = set()
-    try:
-        while True:
-            page = _call(
-                "list", url, lambda client: client.call("GET", "b/{}/o", bucket, json_out=True, **fields)
+    page: str | None = None
+    while True:
+        try:
+            body, _ = _get(
+                "list",
+                url,
+                "b/{}/o",
+                bucket,
+                prefix=prefix or None,
+                delimiter="/",
+                fields="items(name),prefixes,nextPageToken",
+                maxResults=most,
+                pageToken=page,
             )
-            names |= {item["name"] for item in page.get("items", ())} | set(page.get("prefixes", ()))
-            fields["pageToken"] = page.get("nextPageToken")
-            if fields["pageToken"] is None or (most is not None and len(names) >= most):
-                break
-    except FileNotFoundError as error:
-        raise CheckpointNotFoundError(
-            f"{url}: there is no bucket {bucket}, or this account may not know of it. Check the bucket's name."
-        ) from error
+        except FileNotFoundError as error:
+            raise CheckpointNotFoundError(
+                f"{url}: there is no bucket {bucket}, or this account may not know of it. Check the bucket's "
+                "name."
+            ) from error
+        listing = _parse_listing(url, body)
+        names.update(item["name"] for item in listing.get("items", ()))
+        names.update(listing.get("prefixes", ()))
+        page = listing.get("nextPageToken")
+        if not page or (most is not None and len(names) >= most):
+            break
     # An object named like the "directory" itself is how some tools mark an empty one.
-    return sorted({name.removeprefix(prefix).strip("/") for name in names} - {""})
+    return sorted({name.removeprefix(prefix).strip("/") for name in names} - {""})[:most]
+
+
+def _parse_listing(url: str, body: bytes) -> dict[str, Any]:
+    try:
+        listing = json.loads(body)
+    except ValueError as error:
+        raise storage_error(f"cannot list {url}", error) from error
+    if not isinstance(listing, dict):
+        raise storage_error(f"cannot list {url}", ValueError("the answer is not a listing"))
+    return listing
 
 
 def is_object(url: str) -> bool:
@@ -85,125 +125,206 @@ def is_object(url: str) -> bool:
         StorageError: the storage refuses or does not answer.
     """
     try:
-        _call("look up", url, lambda client: client.call("GET", "b/{}/o/{}", *split(url), fields="name"))
+        _get("look up", url, "b/{}/o/{}", *split(url), fields="name")
     except FileNotFoundError:
         return False
     return True
 
 
 def read_object(url: str) -> bytes:
-    """An object's content: one request; compared with the checksum that Cloud Storage sends along.
+    """An object's content, compared with the checksum that Cloud Storage sends with it: one request.
 
     Raises:
         FileNotFoundError: there is no such object.
-        StorageError: the storage refuses or does not answer.
+        StorageError: the storage refuses or does not answer, or the content is damaged at every attempt.
     """
-
-    def read(client: Any) -> bytes:
-        headers, content = client.call("GET", client.url("/".join(split(url))))
-        check_hash(headers, content)
-        return content
-
-    return _call("read", url, read)
+    return _get("read", url, "b/{}/o/{}", *split(url), alt="media")[0]
 
 
-def check_hash(headers: Any, content: bytes) -> None:
-    """Compares the CRC-32C in `x-goog-hash`; gcsfs's own check needs another library and fails where there is none.
+def _get(what: str, url: str, path: str, *args: str, **params: Any) -> tuple[bytes, Mapping[str, str]]:
+    """One request about `url`, repeated within the limit where its failure may pass; body and headers.
 
-    Raises:
-        ChecksumError: the content is another one.
+    Args:
+        what: what is being done, for messages.
+        url: what it is done with.
+        path: below the JSON interface's root, a pair of braces for each of `args`.
+        args: parts of the path, quoted by gcsfs.
+        params: query; None means left out.
     """
-    from gcsfs.retry import ChecksumError
-
-    hashes = ",".join(headers.getall("x-goog-hash", ())).split(",")
-    sent = dict(entry.strip().split("=", 1) for entry in hashes if "=" in entry).get("crc32c")
-    # Cloud Storage decompresses an object stored with gzip on the way; the checksum is of the stored bytes.
-    if sent is None or headers.get("x-goog-stored-content-encoding", "identity") != "identity":
-        return
-    found = base64.b64encode(google_crc32c.value(content).to_bytes(4, "big")).decode()
-    if found != sent:
-        raise ChecksumError(f"CRC-32C is {found}, Cloud Storage sent {sent}")
-
-
-def _call[T](what: str, url: str, request: Callable[[Any], T]) -> T:
-    """Makes one request; again, within the limit, where a failure may pass."""
-    from gcsfs.retry import ChecksumError, HttpError
-    from google.auth.exceptions import GoogleAuthError
-
     limit = no_progress_seconds()
     backoff = Backoff.within(limit * (1 - 1 / _ATTEMPTS_IN_LIMIT))
-    started, pause = time.monotonic(), backoff.initial
+    timeout = max(0.1, round(limit / _ATTEMPTS_IN_LIMIT, 1))
+    deadline = time.monotonic() + backoff.total
+    # The pauses are random parts of these, so that many hosts do not ask at the same moment.
+    pause = 4 * backoff.initial
     while True:
         try:
-            return request(_client(os.getpid(), *_endpoint(), limit / _ATTEMPTS_IN_LIMIT))
-        except FileNotFoundError as error:
-            raise FileNotFoundError(url) from error
-        except (HttpError, ChecksumError, GoogleAuthError, OSError, ValueError, *_network_errors()) as error:
-            over = time.monotonic() - started + pause > backoff.total
-            if over or not (fault_of(error) in _MAY_PASS or isinstance(error, ChecksumError)):
+            emulated = bool(os.environ.get("STORAGE_EMULATOR_HOST"))
+            return _client(os.getpid(), emulated, timeout).get(path, *args, **params)
+        except RequestError as error:
+            if error.status == 404:
+                raise FileNotFoundError(url) from error
+            wait = random.uniform(0, pause)
+            if not error.failure.may_pass or time.monotonic() + wait > deadline:
                 raise storage_error(f"cannot {what} {url}", error) from error
-            retry_warning(url, f"cannot {what}: {reason_of(error)}")
-        time.sleep(pause)
+            retry_warning(url, f"cannot {what}: {error}")
+        time.sleep(wait)
         pause = min(2 * pause, backoff.longest)
 
 
-_MAY_PASS = (Fault.SERVER, Fault.NETWORK, Fault.TIMEOUT)
+class _Client:
+    """gcsfs, without the retries that it makes silently.
+
+    `gcsfs.retry.retry_request` (2026.1) repeats a request six times where gcsfs or aiohttp fails, and no argument
+    changes that. `_check` is an aiohttp middleware: it turns every failure into a `RequestError`, which gcsfs
+    passes on at once.
+
+    Args:
+        emulated: whether an emulator is asked, which needs no credentials.
+        timeout: seconds without a byte after which a request is given up.
+    """
+
+    def __init__(self, emulated: bool, timeout: float) -> None:
+        import aiohttp
+        import google.auth.transport.requests
+
+        # Not `gcsfs.GCSFileSystem`: an environment variable makes that a class that probes the bucket.
+        from gcsfs.core import GCSFileSystem
+
+        self._timeout = timeout
+        self._authorization: dict[str, str] = {}
+        self._credentials = None if emulated else _credentials()
+        # Tokens are refreshed here, not by gcsfs: in the caller's thread and within the time limit.
+        request = google.auth.transport.requests.Request()
+        self._refresh: Any = functools.partial(request, timeout=timeout)  # type: ignore[arg-type]
+        self._fs = GCSFileSystem(
+            token="anon",
+            access="read_only",
+            use_listings_cache=False,
+            skip_instance_cache=True,
+            # None would mean aiohttp's total of five minutes: a limit on slow downloads, not on stalled ones.
+            requests_timeout=aiohttp.ClientTimeout(
+                total=None, connect=timeout, sock_connect=timeout, sock_read=timeout
+            ),
+            session_kwargs={"trust_env": True, "middlewares": (self._check,)},
+        )
+
+    def get(self, path: str, *args: str, **params: Any) -> tuple[bytes, Mapping[str, str]]:
+        """Body and headers of the answer to one request.
+
+        Raises:
+            RequestError: it failed.
+        """
+        from google.auth.exceptions import GoogleAuthError, TransportError
+
+        if self._credentials is not None:
+            headers: dict[str, str] = {}
+            try:
+                self._credentials.before_request(self._refresh, "GET", self._fs.base, headers)
+            except TransportError as error:
+                raise RequestError(f"no token: {error}", Failure.UNREACHABLE) from error
+            except GoogleAuthError as error:
+                failure = Failure.OVERLOADED if error.retryable else Failure.BUCKET_ACCESS
+                raise RequestError(f"no token: {error}", failure) from error
+            self._authorization = headers
+        answer: Any = self._fs.call("GET", path, *args, **params)
+        headers_received, body = answer
+        return body, headers_received
+
+    async def _check(
+        self, request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
+    ) -> aiohttp.ClientResponse:
+        """Adds the token, reads the answer, and raises what is wrong with it as `RequestError`.
+
+        The token is added here because aiohttp refuses an Authorization header where ~/.netrc has an entry.
+        """
+        import aiohttp
+
+        request.headers.popall("Authorization", None)
+        request.headers.update(self._authorization)
+        try:
+            response = await handler(request)
+            body = await response.read()
+        except TimeoutError as error:
+            raise RequestError(
+                f"timed out: nothing arrived for {self._timeout:g} s", Failure.NO_ANSWER
+            ) from error
+        except aiohttp.ClientPayloadError as error:
+            raise RequestError("Incomplete answer: the connection broke off", Failure.UNREACHABLE) from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise RequestError(_reason_of(error), Failure.UNREACHABLE) from error
+        if response.status >= 400:
+            raise _refusal(response.status, body)
+        _compare_checksum(body, response.headers)
+        return response
 
 
 @functools.cache
-def _network_errors() -> tuple[type[Exception], ...]:
-    """What gcsfs lets through of its HTTP clients; most of it is no OSError."""
-    from aiohttp import ClientError
-    from requests.exceptions import RequestException
-
-    return (ClientError, RequestException)
-
-
-@functools.lru_cache(maxsize=8)
-def _client(process: int, emulator: str, endpoint: str, seconds: float) -> GCSFileSystem:
-    """One client per process, address and time limit: credentials are looked up once.
+def _client(pid: int, emulated: bool, timeout: float) -> _Client:
+    """One client per process: credentials are looked up once, and gcsfs's event loop does not survive a fork.
 
     Args:
-        process: its number; gcsfs's event loop does not survive a fork.
-        emulator: STORAGE_EMULATOR_HOST, which gcsfs reads itself.
-        endpoint: another address of Cloud Storage; "" for the usual one.
-        seconds: after which a request that hangs is given up.
+        pid: the process.
+        emulated: see `_Client`.
+        timeout: see `_Client`.
     """
-    del process
-    from gcsfs import GCSFileSystem
-
-    class Client(GCSFileSystem):
-        # Undecorated: gcsfs repeats a request six times and does not say so; `_call` does both.
-        _request = GCSFileSystem._request.__wrapped__  # type: ignore[attr-defined]
-
-    return Client(
-        access="read_only",
-        endpoint_url=endpoint.rstrip("/") or None,
-        token=_credentials(emulator),
-        requests_timeout=seconds,
-        session_kwargs={"trust_env": True},
-        skip_instance_cache=True,
-    )
+    return _Client(emulated, timeout)
 
 
-def _endpoint() -> tuple[str, str]:
-    """Where requests go: an emulator, and the address that TensorStore is given as well."""
-    emulator = os.environ.get("STORAGE_EMULATOR_HOST", "")
-    return emulator, "" if emulator else os.environ.get("TENSORSTORE_GCS_HTTP_URL", "")
+def _credentials() -> Any:
+    """Application Default Credentials; None where there are none: public buckets can still be read.
 
+    Raises:
+        RequestError: GOOGLE_APPLICATION_CREDENTIALS is set and unusable.
+    """
+    import google.auth
+    from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError
 
-def _credentials(emulator: str) -> Any:
-    """Application Default Credentials; "anon" where there are none: public buckets can still be read."""
-    from google import auth
-    from google.auth.exceptions import DefaultCredentialsError
-
-    named = os.environ.get("GOOGLE_APPLICATION_CREDENTIALS")
-    if emulator and not named:
-        return "anon"
     try:
-        return auth.default(scopes=["https://www.googleapis.com/auth/devstorage.read_only"])[0]
-    except DefaultCredentialsError:
-        # TensorStore does the same. Credentials that were named and cannot be used are an error.
-        if named:
-            raise
-        return "anon"
+        return google.auth.default(scopes=[_SCOPE])[0]
+    except (GoogleAuthError, OSError, ValueError) as error:
+        if isinstance(error, DefaultCredentialsError) and not os.environ.get(
+            "GOOGLE_APPLICATION_CREDENTIALS"
+        ):
+            return None
+        raise RequestError(f"no credentials: {error}", Failure.BUCKET_ACCESS) from error
+
+
+def _reason_of(error: Exception) -> str:
+    """What an error of a connection says: the operating system's words where it has some."""
+    import aiohttp
+
+    if isinstance(error, aiohttp.ClientConnectorError) and not isinstance(error, aiohttp.ClientSSLError):
+        reason = error.os_error
+        known = reason.errno is not None and reason.errno in errno.errorcode
+        words = os.strerror(reason.errno or 0) if known else str(reason)
+        return f"{error.host}:{error.port}: {words}"
+    return str(error) or type(error).__name__
+
+
+def _refusal(status: int, body: bytes) -> RequestError:
+    """The error that an answer of 400 and above stands for."""
+    message, reason = body.decode(errors="replace"), ""
+    try:
+        error = json.loads(body)["error"]
+        message = str(error["message"])
+        reason = str(error["errors"][0]["reason"])
+    except (ValueError, KeyError, TypeError, IndexError):
+        pass
+    return RequestError(f"HTTP {status}: {message}", http_failure(status, reason), status)
+
+
+def _compare_checksum(body: bytes, headers: Any) -> None:
+    """Compares an object's content with the checksum sent with it; listings are sent without one."""
+    import google_crc32c
+
+    if "gzip" in (headers.get("Content-Encoding"), headers.get("X-Goog-Stored-Content-Encoding")):
+        # The checksum is of the compressed bytes; gzip has one of its content, which aiohttp has compared.
+        return
+    for entry in ",".join(headers.getall("X-Goog-Hash", ())).split(","):
+        kind, _, value = entry.strip().partition("=")
+        actual = base64.b64encode(google_crc32c.value(body).to_bytes(4, "big")).decode()
+        if kind == "crc32c" and value != actual:
+            raise RequestError(
+                f"the content was damaged on the way: CRC-32C {actual}, expected {value}", Failure.OVERLOADED
+            )

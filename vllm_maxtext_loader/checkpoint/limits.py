@@ -12,7 +12,7 @@ import logging
 import os
 import re
 
-from vllm_maxtext_loader.errors import OptionError, StorageError
+from vllm_maxtext_loader.errors import OptionError, StorageError, printable
 
 logger = logging.getLogger("vllm." + __name__)
 
@@ -63,6 +63,147 @@ class Backoff:
         return cls(initial=seconds / 240, longest=seconds / 6, retries=9, total=seconds)
 
 
+class Failure(enum.Enum):
+    """Why the storage could not be read; the value is the advice."""
+
+    BUCKET_ACCESS = (
+        "Give the account storage.objects.get and storage.objects.list on the bucket: "
+        "`gcloud auth application-default login`, a service account on the VM, or "
+        "GOOGLE_APPLICATION_CREDENTIALS=key.json."
+    )
+    FILE_ACCESS = "Make the files, and every directory above them, readable for the user this runs as."
+    PERIMETER = (
+        "The bucket lies in a VPC Service Controls perimeter: run inside the perimeter, or ask its administrator. "
+        "Permissions on the bucket do not help."
+    )
+    REQUESTER_PAYS = (
+        "Requester-pays buckets are not supported: copy the checkpoint into a bucket whose owner pays "
+        "(`gcloud storage cp --recursive --billing-project PROJECT`)."
+    )
+    BILLING = "The bucket's owner must enable the billing account of the bucket's project."
+    KEY = (
+        "The bucket's owner must enable the Cloud KMS key of the bucket, and grant its use to Cloud Storage."
+    )
+    OVERLOADED = "The storage failed at every attempt: try again later."
+    NO_ANSWER = f"The storage did not answer in time; {TIMEOUT_VARIABLE} (seconds) raises the limit."
+    UNREACHABLE = (
+        "Every attempt to reach the storage failed, or broke off: check the network, then try again."
+    )
+    OTHER = "Check that the path is right and readable from this machine."
+
+    @property
+    def may_pass(self) -> bool:
+        """Whether the failure may be gone at the next attempt."""
+        return self in (Failure.OVERLOADED, Failure.NO_ANSWER, Failure.UNREACHABLE)
+
+
+class RequestError(Exception):
+    """One request to Cloud Storage failed.
+
+    Attributes:
+        failure: why.
+        status: HTTP status, None where there was no answer.
+    """
+
+    def __init__(self, message: str, failure: Failure, status: int | None = None) -> None:
+        super().__init__(message)
+        self.failure = failure
+        self.status = status
+
+
+_REASONS = {
+    "vpcServiceControls": Failure.PERIMETER,
+    "accountDisabled": Failure.BILLING,
+    "userProjectAccountProblem": Failure.BILLING,
+    "userProjectMissing": Failure.REQUESTER_PAYS,
+    # "A required parameter is missing": of a GET, that can only be userProject.
+    "required": Failure.REQUESTER_PAYS,
+}
+"""`errors[0].reason` in Cloud Storage's answers, where that says more than the HTTP status."""
+
+
+def http_failure(status: int, reason: str = "") -> Failure:
+    """Why Cloud Storage refused.
+
+    Args:
+        status: HTTP status of its answer.
+        reason: `errors[0].reason` of its answer, "" where there is none.
+    """
+    if status in (400, 403):
+        if reason in _REASONS:
+            return _REASONS[reason]
+        if reason.lower().startswith(("kms", "cloudkms")):
+            return Failure.KEY
+    if status in (401, 403):
+        return Failure.BUCKET_ACCESS
+    return Failure.OVERLOADED if status in (408, 429) or status >= 500 else Failure.OTHER
+
+
+_ERRNO = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM), Failure.FILE_ACCESS),
+    **dict.fromkeys((errno.EIO, errno.ESTALE, errno.EREMOTEIO), Failure.OVERLOADED),
+    errno.ETIMEDOUT: Failure.NO_ANSWER,
+    **dict.fromkeys(
+        (errno.ECONNREFUSED, errno.ECONNRESET, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN),
+        Failure.UNREACHABLE,
+    ),
+}
+
+_TENSORSTORE = {
+    "PERMISSION_DENIED": Failure.FILE_ACCESS,
+    "UNAUTHENTICATED": Failure.FILE_ACCESS,
+    "DEADLINE_EXCEEDED": Failure.NO_ANSWER,
+    "UNAVAILABLE": Failure.UNREACHABLE,
+    # curl's errors without a status of their own, as a transfer that ends early.
+    "UNKNOWN": Failure.UNREACHABLE,
+    "INTERNAL": Failure.UNREACHABLE,
+    "ABORTED": Failure.UNREACHABLE,
+    "CANCELLED": Failure.UNREACHABLE,
+    "RESOURCE_EXHAUSTED": Failure.OVERLOADED,
+}
+"""By the status that begins a message of TensorStore."""
+
+_HTTP_CODE = re.compile(r" \[http_response_code='(\d+)'\]")
+_HTTP_REASON = re.compile(r"\\?\"reason\\?\":\s*\\?\"(\w+)")
+_HTTP_BODY = re.compile(r" \[http_response_body='((?:[^'\\]|\\.)*)'\]")
+
+
+def _failure(error: BaseException, *, remote: bool) -> Failure:
+    """Why `error` was raised: by its type and status, never by what its message says of paths.
+
+    Args:
+        error: of a request to a bucket, the operating system, or TensorStore.
+        remote: whether a bucket was read.
+    """
+    if isinstance(error, RequestError):
+        return error.failure
+    if isinstance(error, TimeoutError):
+        return Failure.NO_ANSWER
+    if isinstance(error, OSError):
+        return _ERRNO.get(error.errno or 0, Failure.OTHER)
+    # TensorStore raises ValueError for everything: "STATUS: words and paths [payload='…'] …".
+    text = str(error)
+    if codes := _HTTP_CODE.findall(text):
+        bodies = _HTTP_BODY.findall(text)
+        reason = _HTTP_REASON.search(bodies[-1]) if bodies else None
+        return http_failure(int(codes[-1]), reason[1] if reason else "")
+    failure = _TENSORSTORE.get(text.partition(":")[0], Failure.OTHER)
+    return Failure.BUCKET_ACCESS if remote and failure is Failure.FILE_ACCESS else failure
+
+
+def storage_error(what: str, error: BaseException) -> StorageError:
+    """A `StorageError` that says what failed, why, and what to do, without credentials.
+
+    Args:
+        what: "cannot read gs://…".
+        error: a `RequestError`, or what the operating system or TensorStore raised.
+    """
+    detail = brief(str(error)) or type(error).__name__
+    # A local path holds no "//", a leaf's name no "/".
+    failure = _failure(error, remote="gs://" in what)
+    return StorageError(f"{redact(what)}: {detail.rstrip('.')}. {failure.value}")
+
+
 _SECRETS: tuple[tuple[str, str], ...] = (
     (
         r"(?i)\b(X-Goog-[A-Za-z-]+|Signature|GoogleAccessId|[a-z]*_?token|client_secret|(?<=[?&])key)(=|%3D)[^&\s\"']+",
@@ -93,129 +234,6 @@ def retry_warning(where: str, why: str) -> None:
     logger.warning("Trying again: %s: %s", printable(redact(where)), brief(why, 300))
 
 
-class Fault(enum.Enum):
-    """Why a storage did not give what it was asked for; decides what to do about it."""
-
-    PERMISSION = enum.auto()
-    SERVER = enum.auto()
-    TIMEOUT = enum.auto()
-    NETWORK = enum.auto()
-    OTHER = enum.auto()
-
-
-class NoProgressError(TimeoutError):
-    """Nothing arrived for the time limit.
-
-    Args:
-        message: what was waited for.
-        server_failed: whether the server answered with errors meanwhile.
-    """
-
-    def __init__(self, message: str, *, server_failed: bool) -> None:
-        super().__init__(message)
-        self.server_failed = server_failed
-
-
-def fault_of(error: BaseException) -> Fault:
-    """What kind of failure an exception is: by its type, errno, HTTP status or TensorStore status, never by its words.
-
-    Words and digits of a message may be a path's: a step may be named 403, and a run credentials-1.
-    """
-    if isinstance(error, NoProgressError):
-        return Fault.SERVER if error.server_failed else Fault.TIMEOUT
-    if (status := _http_status(error)) is not None:
-        if status in (401, 403):
-            return Fault.PERMISSION
-        return Fault.SERVER if status in (408, 429) or status >= 500 else Fault.OTHER
-    if isinstance(error, TimeoutError):
-        return Fault.TIMEOUT
-    module, name = type(error).__module__.partition(".")[0], type(error).__name__
-    if module == "google":
-        return Fault.NETWORK if name == "TransportError" else Fault.PERMISSION
-    if isinstance(error, ConnectionError) or module in ("aiohttp", "requests"):
-        return Fault.NETWORK
-    if isinstance(error, OSError):
-        return Fault.PERMISSION if error.errno in (errno.EACCES, errno.EPERM) else Fault.OTHER
-    return _TENSORSTORE_FAULTS.get(_tensorstore_status(error), Fault.OTHER)
-
-
-_TENSORSTORE_FAULTS = {
-    "PERMISSION_DENIED": Fault.PERMISSION,
-    "UNAUTHENTICATED": Fault.PERMISSION,
-    "DEADLINE_EXCEEDED": Fault.TIMEOUT,
-    "UNAVAILABLE": Fault.NETWORK,
-    "ABORTED": Fault.NETWORK,
-}
-"""TensorStore's status, where there is no HTTP status with it."""
-
-
-def _tensorstore_status(error: BaseException) -> str:
-    """The status a TensorStore exception begins with ("NOT_FOUND"); "" where it has none."""
-    status, separator, _ = str(error).partition(": ")
-    return status if separator and re.fullmatch("[A-Z_]+", status) else ""
-
-
-def _http_status(error: BaseException) -> int | None:
-    """The HTTP status an exception carries, None where it carries none. Written against gcsfs 2026.1.0 retry.py."""
-    if (module := type(error).__module__.partition(".")[0]) == "gcsfs":
-        code = str(getattr(error, "code", ""))
-        return int(code) if code.isdigit() else None
-    if module == "requests" and type(error).__name__ == "ProxyError":
-        return 502
-    # gcsfs's plain OSError stands for 403, and only for that.
-    if type(error) is OSError and error.errno is None:
-        return 403
-    if _tensorstore_status(error):
-        codes = re.findall(r" \[http_response_code='(\d+)'\]", str(error))
-        return int(codes[-1]) if codes else None
-    return None
-
-
-def reason_of(error: BaseException) -> str:
-    """What a client library said, on one line, beginning with the HTTP status if there is one."""
-    status, text = _http_status(error), brief(str(error))
-    if status is None or _tensorstore_status(error):
-        return text or ("timed out" if isinstance(error, TimeoutError) else type(error).__name__)
-    # gcsfs repeats the request's address and the status.
-    text = re.sub(r"^Forbidden: \S+ ?|, \d{3}$", "", text)
-    return f"HTTP {status}: {text}" if text else f"HTTP {status}"
-
-
-def storage_error(what: str, error: BaseException) -> StorageError:
-    """A `StorageError` that says what failed, why, and what to do, without credentials.
-
-    Args:
-        what: "cannot read gs://…".
-        error: what the client library raised.
-    """
-    match fault_of(error):
-        case Fault.PERMISSION if " gs://" in what:
-            advice = (
-                "Give the account storage.objects.get and storage.objects.list on the bucket: "
-                "`gcloud auth application-default login`, a service account on the VM, or "
-                "GOOGLE_APPLICATION_CREDENTIALS=key.json. If the answer names another reason (billing, a service "
-                "perimeter), ask the bucket's owner."
-            )
-        case Fault.PERMISSION:
-            advice = "Make the files, and every directory above them, readable for the user this runs as."
-        case Fault.SERVER:
-            advice = "The storage failed at every attempt: try again later."
-        case Fault.TIMEOUT:
-            advice = f"The storage did not answer in time; {TIMEOUT_VARIABLE} (seconds) raises the limit."
-        case Fault.NETWORK:
-            advice = (
-                "Every attempt to reach the storage failed, or broke off: check the network, then try again."
-            )
-        case Fault.OTHER:
-            advice = "Check that the path is right and readable from this machine."
-    return StorageError(f"{redact(printable(what))}: {reason_of(error).rstrip('.')}. {advice}")
-
-
-def printable(text: str) -> str:
-    """`text` with every character that a terminal would not show as itself escaped: line breaks, ESC, bidi marks."""
-    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
-
-
 def brief(text: str, most: int = 600) -> str:
     """What a client library said, on one line, without secrets, source locations and copies of its input."""
     for pattern, replacement in _NOISE:
@@ -227,9 +245,5 @@ _NOISE: tuple[tuple[str, str], ...] = (
     (r"(?s) \[source locations=.*", ""),
     (r" \[(?:tensorstore_spec|http_response_body)='(?:[^'\\]|\\.)*'\]", ""),
     (r" \[http_response_code='(\d+)'\]", r" (HTTP \1)"),
-    (
-        r"HTTPS?ConnectionPool\(host='([^']*)', port=(\d+)\): (?:Max retries exceeded with url: \S+ )?",
-        r"\1:\2: ",
-    ),
 )
-"""What TensorStore and the HTTP clients say beyond the reason, and what is left of it."""
+"""What TensorStore says beyond the reason, and what is left of it."""

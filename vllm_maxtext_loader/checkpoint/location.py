@@ -1,6 +1,6 @@
 """From what a user typed to the one directory that holds the weights.
 
-MaxText writes `<run>/checkpoints/<step>/<item>/…`; a user may name the run's checkpoint directory,
+MaxText writes `<run>/checkpoints/<step>/<item>/…`; a user may name the run, its checkpoint directory,
 a step or the item itself. The item is `items` (MaxText) or `model_params` (Tunix), and is known by
 its `_METADATA` file.
 
@@ -20,7 +20,6 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 
-from vllm_maxtext_loader.checkpoint.limits import printable
 from vllm_maxtext_loader.checkpoint.storage import Location
 from vllm_maxtext_loader.errors import (
     CheckpointNotFoundError,
@@ -29,14 +28,17 @@ from vllm_maxtext_loader.errors import (
     NotACheckpointError,
     StepNotFoundError,
     UncommittedCheckpointError,
+    printable,
 )
 
 logger = logging.getLogger("vllm." + __name__)
 
 TREE_METADATA = "_METADATA"
 STEP_METADATA = "_CHECKPOINT_METADATA"
-COMMIT_FILE = "commit_success.txt"
 RUN_CHECKPOINTS = "checkpoints"
+"""Where MaxText keeps the steps of a run, below the run's directory."""
+
+COMMIT_FILE = "commit_success.txt"
 TMP_MARK = ".orbax-checkpoint-tmp"
 ITEM_NAMES = ("items", "model_params", "default", "state", "params", "pytree")
 """Item directories in order of preference: MaxText's, Tunix's, then Orbax's own defaults."""
@@ -65,11 +67,11 @@ class ItemLocation:
 def locate(path: str | os.PathLike[str], step: int | None = None) -> ItemLocation:
     """Finds the item directory that `path` means, and checks that it was committed.
 
-    In a bucket this takes three requests for a step or an item, one more for a run, and two more per step
-    that is skipped because it is not committed.
+    In a bucket this takes three requests for a step or an item, one more for a run's checkpoint directory, two
+    more for the run's directory, and two more per step that is skipped because it is not committed.
 
     Args:
-        path: items directory, step directory, run's checkpoint directory or the run's directory above it; local or gs://.
+        path: items directory, step directory, run's checkpoint directory or run's directory; local or gs://.
         step: step to take from a run's checkpoint directory; None means the newest committed one.
 
     Raises:
@@ -81,7 +83,7 @@ def locate(path: str | os.PathLike[str], step: int | None = None) -> ItemLocatio
     names = _list(requested)
     items = _item_of(requested, names)
     if items is None and STEP_METADATA not in names and COMMIT_FILE not in names:
-        return _from_run(requested, names, step)
+        return _from_run(*_checkpoints_of(requested, names), step)
     located = _committed(requested, requested, names, items)
     if step is not None and step != located.step:
         found = "names no step" if located.step is None else f"names step {located.step}"
@@ -126,7 +128,7 @@ def _beside(location: Location) -> str:
         siblings = parent.listdir(most=8) if parent is not None else []
     except (OSError, MaxTextLoadError):
         siblings = []
-    return f" {parent} holds: {printable(', '.join(siblings))}." if siblings else " Check the path."
+    return f" {parent} holds: {', '.join(map(printable, siblings))}." if siblings else " Check the path."
 
 
 def _item_of(directory: Location, names: Sequence[str]) -> Location | None:
@@ -145,17 +147,27 @@ def _item_of(directory: Location, names: Sequence[str]) -> Location | None:
             and name not in (COMMIT_FILE, "orbax.checkpoint")
         ]
     for name in candidates:
-        if TMP_MARK not in name and (directory / name / TREE_METADATA).is_file():
+        if TMP_MARK not in name and name.isprintable() and (directory / name / TREE_METADATA).is_file():
             return directory / name
     return None
 
 
+def _checkpoints_of(run: Location, names: Sequence[str]) -> tuple[Location, Sequence[str]]:
+    """The directory of a run's steps, and what is in it: `run`, or its "checkpoints" where steps are not here."""
+    if RUN_CHECKPOINTS not in names or any(TMP_MARK not in name and _step_of(name) for name in names):
+        return run, names
+    checkpoints = run / RUN_CHECKPOINTS
+    logger.info("%s is a run's directory: using its checkpoints in %s.", run, checkpoints)
+    return checkpoints, _list(checkpoints)
+
+
+def _step_of(name: str) -> re.Match[str] | None:
+    """Matches the name of a step's directory; no writer puts non-printable characters there."""
+    return STEP_NAME.fullmatch(name) if name.isprintable() else None
+
+
 def _from_run(run: Location, names: Sequence[str], step: int | None) -> ItemLocation:
     """Picks a step of a run's checkpoint directory: the wanted one, or the newest committed."""
-    if RUN_CHECKPOINTS in names and not any(STEP_NAME.fullmatch(name) for name in names):
-        inside = run / RUN_CHECKPOINTS
-        logger.info("%s is a run's directory: taking its checkpoints from %s", run, inside)
-        return _from_run(inside, _list(inside), step)
     steps = _steps(run, names)
     if step is not None:
         if step not in steps:
@@ -180,7 +192,7 @@ def _steps(run: Location, names: Iterable[str]) -> dict[int, str]:
     names = list(names)
     steps: dict[int, str] = {}
     for name in names:
-        match = STEP_NAME.fullmatch(name)
+        match = _step_of(name)
         # Of "30" and "checkpoint_30" the former is what MaxText writes.
         if match and TMP_MARK not in name and (int(match.group(1)) not in steps or name.isdigit()):
             steps[int(match.group(1))] = name
@@ -305,5 +317,5 @@ def _parse(location: Location, raw: bytes) -> dict[str, object]:
 
 
 def _some(names: Iterable[str], most: int = 12) -> str:
-    listed = list(names)
-    return printable(", ".join(listed[:most])) + (f", … ({len(listed)} in all)" if len(listed) > most else "")
+    listed = list(map(printable, names))
+    return ", ".join(listed[:most]) + (f", … ({len(listed)} in all)" if len(listed) > most else "")

@@ -1,6 +1,6 @@
 """A directory on a disk or in a bucket, and how to read it: small files here, arrays by TensorStore.
 
-gcsfs reads the small files, TensorStore's own client the arrays. Both use Application Default
+gcsfs reads the small files of a bucket, TensorStore's own client the arrays. Both use Application Default
 Credentials, and public buckets without any. What bounds them is in `limits`.
 """
 
@@ -8,22 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
-import urllib.parse
 from pathlib import Path
 
 import tensorstore as ts
 
 from vllm_maxtext_loader.checkpoint import bucket
-from vllm_maxtext_loader.checkpoint.limits import (
-    Backoff,
-    no_progress_seconds,
-    printable,
-    redact,
-    storage_error,
-)
+from vllm_maxtext_loader.checkpoint.limits import Backoff, no_progress_seconds, redact, storage_error
 from vllm_maxtext_loader.checkpoint.waiting import abort_stalled_transfers
-from vllm_maxtext_loader.errors import CheckpointNotFoundError
+from vllm_maxtext_loader.checkpoint.web_address import refuse_web_address
+from vllm_maxtext_loader.errors import CheckpointNotFoundError, printable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,47 +34,26 @@ class Location:
         """Normalises what a user typed.
 
         Raises:
-            CheckpointNotFoundError: the path is empty, no path at all, of a scheme that is not supported, or not
-                valid.
+            CheckpointNotFoundError: the path is empty, no path at all, or of a scheme that is not supported.
         """
         text = os.fsdecode(path).strip()
         if not text:
             raise CheckpointNotFoundError("The checkpoint path is empty. Give a local path or a gs:// URL.")
         if "\0" in text or not is_unicode(text):
-            raise CheckpointNotFoundError(
-                f"{printable(text)}: is not a valid path: it has characters no file name may have."
-            )
-        if (pasted := gs_form(text)) is not None:
-            raise CheckpointNotFoundError(
-                f"{printable(redact(text.partition('?')[0]))}: is a web address of an object in a bucket. Give {printable(pasted)}."
-            )
+            raise CheckpointNotFoundError(f"{text!r}: is no path: it has characters no file name may have.")
+        refuse_web_address(text)
         scheme, separator, rest = text.partition("://")
-        if separator and scheme == "file":
-            host, _, rest = rest.partition("/")
-            if host not in ("", "localhost"):
-                raise CheckpointNotFoundError(
-                    f"{printable(redact(text))}: names a file of another machine, {printable(host)}. Give a local path or a gs:// URL."
-                )
-            return cls(os.path.abspath(f"/{rest}"))
-        if separator and scheme not in ("gs", "gcs"):
-            raise CheckpointNotFoundError(
-                f"{printable(redact(text))}: the scheme {printable(scheme)}:// is not supported. Give a local path or a gs:// URL."
-            )
-        if separator:
-            parts = [part for part in rest.split("/") if part]
-            if not parts:
-                raise CheckpointNotFoundError(f"{text}: names no bucket. Give gs://BUCKET/path.")
-            if not _BUCKET_NAME.fullmatch(parts[0]) or ".." in parts[0]:
-                raise CheckpointNotFoundError(
-                    f"{printable(redact(text))}: {printable(redact(parts[0]))} is not a valid bucket name: 3 to 63 (with dots, 222) lowercase "
-                    f"letters, digits, dashes, underscores and dots, a letter or digit at both ends."
-                )
-            if not rest.isprintable() or {".", ".."} & set(parts):
-                raise CheckpointNotFoundError(
-                    f"{printable(redact(text))}: is not a valid object name: it has a character that is not printable, or . or .. as a part."
-                )
-            return cls("gs://" + "/".join(parts))
-        return cls(os.path.abspath(os.path.expanduser(text)))
+        match (scheme.lower() if separator else "", rest):
+            case ("", _):
+                return cls(os.path.abspath(os.path.expanduser(text)))
+            case ("gs" | "gcs", _):
+                return cls(_bucket_url(rest))
+            case ("file", _):
+                return cls(os.path.abspath(_path_of_file_url(text, rest)))
+        raise CheckpointNotFoundError(
+            f"{redact(text.partition('?')[0])}: the scheme {scheme}:// is not supported. Give a local path or a gs:// "
+            "URL."
+        )
 
     @property
     def is_remote(self) -> bool:
@@ -168,31 +140,39 @@ class Location:
         return {"driver": "file", "path": f"{self.url.rstrip('/')}/"}
 
 
-_BUCKET_NAME = re.compile(
-    r"(?=.{3,222}$)[a-z0-9](?:[a-z0-9_-]{0,61}[a-z0-9])?(?:\.[a-z0-9](?:[a-z0-9_-]{0,61}[a-z0-9])?)*"
-)
-"""https://cloud.google.com/storage/docs/buckets#naming; TensorStore refuses other names as well."""
+def _bucket_url(rest: str) -> str:
+    """The normal form of what follows "gs://".
 
-_WEB_PATHS = {
-    "storage.googleapis.com": r"/(?:storage/v1/b/)?(?P<bucket>[^/]+)(?:/o)?(?:/(?P<path>.*))?",
-    "www.googleapis.com": r"/storage/v1/b/(?P<bucket>[^/]+)(?:/o)?(?:/(?P<path>.*))?",
-    "storage.cloud.google.com": r"/(?P<bucket>[^/]+)(?:/(?P<path>.*))?",
-    "console.cloud.google.com": r"/storage/browser/(?:_details/)?(?P<bucket>[^/;]+)(?:/(?P<path>[^;]*))?(?:;.*)?",
-}
-"""By host, the paths of Cloud Storage's web addresses."""
+    Raises:
+        CheckpointNotFoundError: no bucket or object can have that name.
+    """
+    name, *parts = [part for part in rest.split("/") if part] or [""]
+    path = "/".join(parts)
+    url = f"gs://{name}/{path}".rstrip("/")
+    if not name:
+        raise CheckpointNotFoundError(f"{url}: names no bucket. Give gs://BUCKET/path.")
+    if not bucket.is_bucket_name(name):
+        raise CheckpointNotFoundError(f"{redact(url)}: is not a valid bucket name. {bucket.BUCKET_NAMING}")
+    if not bucket.is_object_name(path):
+        raise CheckpointNotFoundError(
+            f"{redact(url)}: is not a valid object name: it has control characters, or more than 1024 bytes."
+        )
+    return url
 
 
-def gs_form(address: str) -> str | None:
-    """The gs:// form of a pasted web address of Cloud Storage; None where it is none."""
-    parts = urllib.parse.urlsplit(address) if address.startswith(("https://", "http://")) else None
-    if parts is None:
-        return None
-    host, path = parts.netloc.rpartition("@")[2].lower(), urllib.parse.unquote(parts.path)
-    bucket = host.removesuffix(".storage.googleapis.com")
-    if bucket != host:
-        return f"gs://{bucket}{path}".rstrip("/")
-    found = re.fullmatch(_WEB_PATHS[host], path) if host in _WEB_PATHS else None
-    return f"gs://{found['bucket']}/{found['path'] or ''}".rstrip("/") if found else None
+def _path_of_file_url(text: str, rest: str) -> str:
+    """The path of a file:// URL: file:///x and file://localhost/x mean /x.
+
+    Raises:
+        CheckpointNotFoundError: the URL names another host.
+    """
+    host, separator, path = rest.partition("/")
+    if host and host.lower() != "localhost":
+        raise CheckpointNotFoundError(
+            f"{redact(text)}: names another host; only files of this machine can be read. Give a local path, "
+            "file:///path or a gs:// URL."
+        )
+    return separator + path if separator else "/"
 
 
 def tensorstore_context() -> ts.Context:

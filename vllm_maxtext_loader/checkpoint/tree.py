@@ -17,13 +17,15 @@ import ml_dtypes
 import numpy as np
 import tensorstore as ts
 
-from vllm_maxtext_loader.checkpoint.arrays import MANIFEST, Format, open_arrays
+from vllm_maxtext_loader.checkpoint.arrays import Format, open_arrays
 from vllm_maxtext_loader.checkpoint.location import TREE_METADATA, ItemLocation
 from vllm_maxtext_loader.checkpoint.storage import Location
 from vllm_maxtext_loader.errors import (
     CorruptMetadataError,
+    MaxTextLoadError,
     UnknownModelError,
     UnsupportedDtypeError,
+    printable,
 )
 
 logger = logging.getLogger("vllm." + __name__)
@@ -39,6 +41,8 @@ WRAPPERS: dict[tuple[str, ...], str] = {
     ("model",): "NNX (MaxText train state)",
 }
 """Known wrappers, in order of preference where a tree holds several."""
+
+OCDBT_MANIFEST = "manifest.ocdbt"
 
 _NOT_WEIGHTS = ("opt_state", "optimizer_state", "optimizer", "nnx_aux")
 _ARRAY_TYPES = ("jax.Array", "np.ndarray", "scalar")
@@ -135,7 +139,8 @@ def read_tree(location: ItemLocation, context: ts.Context) -> Tree:
     """Reads the tree and every array's metadata.
 
     Raises:
-        CorruptMetadataError: damaged JSON, or an array that the tree names is not there.
+        CorruptMetadataError: damaged JSON, an array that the tree names is not there, or the databases of the
+            writer's processes were never merged.
         UnknownModelError: no MaxText model inside.
         UnsupportedDtypeError: a leaf of the model is not bfloat16, float16 or float32.
         StorageError: the storage refuses or does not answer.
@@ -143,7 +148,10 @@ def read_tree(location: ItemLocation, context: ts.Context) -> Tree:
     items = location.items
     keys, stored = _parse(items)
     prefix = _wrapper_of(keys, items)
-    arrays = open_arrays(items, [".".join(key) for key in keys], stored, context)
+    try:
+        arrays = open_arrays(items, [".".join(key) for key in keys], stored, context)
+    except CorruptMetadataError as error:
+        raise _unmerged(items) or error from error
     leaves: dict[str, Leaf] = {}
     skipped: list[Skipped] = []
     opened: dict[str, ts.TensorStore] = {}
@@ -223,9 +231,12 @@ def _parse(items: Location) -> tuple[list[tuple[str, ...]], Format]:
         ) from error
     for key in keys:
         if not key or any(
-            not part or "/" in part or part in (".", "..") or not part.isprintable() for part in key
+            # "Printable" excludes what UTF-8 cannot encode, and NUL.
+            not part or "/" in part or part in (".", "..") or not part.isprintable()
+            for part in key
         ):
-            raise CorruptMetadataError(f"{path}: is damaged: {key!a} is not a valid array name. {advice}")
+            name = ", ".join(map(printable, key))
+            raise CorruptMetadataError(f"{path}: is damaged: ({name}) is no name of an array. {advice}")
     if any(flag is not None and not isinstance(flag, bool) for flag in flags):
         raise CorruptMetadataError(
             f"{path}: is damaged: use_ocdbt, use_zarr3 and the like are {flags}. {advice}"
@@ -239,8 +250,29 @@ def _parse(items: Location) -> tuple[list[tuple[str, ...]], Format]:
         )
     if ocdbt is None:
         # As Orbax does for trees that do not record it.
-        ocdbt = (items / MANIFEST).is_file()
+        ocdbt = (items / OCDBT_MANIFEST).is_file()
     return keys, Format(ocdbt=ocdbt, zarr3=bool(zarr3), complete=bool(complete))
+
+
+def _unmerged(items: Location) -> CorruptMetadataError | None:
+    """The error for databases without the manifest that joins them; None where the manifest is there.
+
+    Looked for only where an array could not be opened: a good checkpoint costs no request.
+    """
+    try:
+        names = items.listdir()
+    except (OSError, MaxTextLoadError):
+        return None
+    parts = [printable(name) for name in names if name.startswith("ocdbt.process_")]
+    if OCDBT_MANIFEST in names or not parts:
+        return None
+    found = parts[0] if len(parts) == 1 else f"{parts[0]} to {parts[-1]} ({len(parts)} in all)"
+    return CorruptMetadataError(
+        f"{items}: {OCDBT_MANIFEST} does not exist next to {found}: the writer ended before it merged what its "
+        "processes wrote, or the file was lost in a copy. Finish the save with Orbax "
+        "(`orbax.checkpoint.PyTreeCheckpointHandler().finalize(etils.epath.Path(ITEMS))`), copy it again, or choose "
+        "another step."
+    )
 
 
 def _wrapper_of(keys: Iterable[tuple[str, ...]], items: Location) -> tuple[str, ...]:

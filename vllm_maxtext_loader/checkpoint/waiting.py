@@ -17,7 +17,7 @@ from typing import Any
 
 import tensorstore as ts
 
-from vllm_maxtext_loader.checkpoint.limits import NoProgressError, no_progress_seconds, retry_warning
+from vllm_maxtext_loader.checkpoint.limits import no_progress_seconds, retry_warning
 
 _STALL = "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS"
 _STALL_BYTES = "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES"
@@ -85,7 +85,7 @@ class Watch:
                 except TimeoutError:
                     self._look(what)
                     if time.monotonic() - self._moved > self.limit:
-                        raise self._stalled() from None
+                        raise TimeoutError(self._say()) from None
             return future.result()
         finally:
             if time.monotonic() - self._looked > _TELL_EVERY:
@@ -117,12 +117,9 @@ class Watch:
                 f"{count} request{'s' if count > 1 else ''} failed ({', '.join(reasons)})",
             )
 
-    def _stalled(self) -> NoProgressError:
+    def _say(self) -> str:
         failed = f"; requests failed meanwhile: {', '.join(self._failed)}" if self._failed else ""
-        return NoProgressError(
-            f"timed out: nothing arrived for {self.limit:g} s{failed}",
-            server_failed=any(reason.startswith("HTTP") for reason in self._failed),
-        )
+        return f"timed out: nothing arrived for {self.limit:g} s{failed}"
 
 
 class _Counters:
