@@ -1,99 +1,152 @@
-"""Orbax's public readers against ours: start-up, requests to a bucket, and what happens when the bucket fails.
+"""Could Orbax's public readers replace ours for step names, commit marks and tree metadata?
 
-    uv run --extra tpu python benchmarks/orbax_readers.py
+    PYTHONPATH=tests python benchmarks/orbax_readers.py
 
-Both find the newest step of a run and read its tree: the run, its steps, shapes and dtypes; no array data. The bucket
-is fake-gcs-server on the loopback, behind the tests' counting proxy.
+Finds the newest committed step of a run and reads its tree's metadata, by this package and by Orbax, each time in a
+fresh process: from a disk, from a GCS server on the loopback, and with faults in front of that server. The limit for
+faults is VLLM_MAXTEXT_TIMEOUT=10; a reader that has not ended after 60 s is stopped.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
+import dataclasses
+import json
 import os
 import platform
 import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
+from importlib.metadata import version
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+from support import gcs
+from support.checkpoints import FIXTURES
 
-from support import gcs  # noqa: E402
+CASE = "moe_v2"
+ROUNDS = 3
+LIMIT = 10
+STOPPED_AFTER = 60
 
-ROUNDS = 5
-GIVE_UP = 60.0
-"""Seconds after which a reader is stopped."""
-
-READERS = {
-    "this package": """
-import sys
+OURS = """
 from vllm_maxtext_loader.checkpoint.location import locate
 from vllm_maxtext_loader.checkpoint.storage import tensorstore_context
 from vllm_maxtext_loader.checkpoint.tree import read_tree
-print(len(read_tree(locate(sys.argv[1]), tensorstore_context()).leaves))
-""",
-    "Orbax": """
-import sys
+
+def read(run):
+    return len(read_tree(locate(run), tensorstore_context()).leaves)
+"""
+
+ORBAX = """
 import orbax.checkpoint as ocp
-from etils import epath
-names = ocp.path.step.standard_name_format()
-(step,) = [ocp.path.step.latest_step_metadata(epath.Path(sys.argv[1]), names)]
-print(len(ocp.tree.to_flat_dict(ocp.PyTreeCheckpointHandler().metadata(step.path / "items").tree)))
-""",
+from orbax.checkpoint.path import step as steps
+
+def read(run):
+    newest = steps.latest_step_metadata(run, steps.standard_name_format())
+    if not steps.is_path_finalized(newest.path):
+        raise ValueError("not committed")
+    ocp.metadata.get_step_metadata(newest.path)
+    tree = ocp.PyTreeCheckpointHandler().metadata(newest.path / "items").tree
+    import jax
+    return len(jax.tree.leaves(tree))
+"""
+
+TIMED = """
+import json, sys, time
+started = time.perf_counter()
+{reader}
+imported = time.perf_counter()
+try:
+    found = str(read(sys.argv[1])) + " leaves"
+except Exception as error:
+    found = type(error).__name__ + ": " + " ".join(str(error).split())
+print("RESULT", json.dumps([imported - started, time.perf_counter() - imported, found]))
+"""
+
+FAULTS: dict[str, dict[str, object] | None] = {
+    "no fault": None,
+    "403 when listing": {"match": "list ", "status": 403},
+    "hang when listing": {"match": "list ", "hang": 600},
+    "403 for `_METADATA`": {"match": "read .*/items/_METADATA", "status": 403},
+    "hang for `_METADATA`": {"match": "read .*/items/_METADATA", "hang": 600},
+    "503 for `_METADATA`": {"match": "read .*/items/_METADATA", "status": 503},
 }
 
-IMPORTS = {"this package": "vllm_maxtext_loader.api", "Orbax": "orbax.checkpoint"}
 
-FAULTS = {
-    "403 for everything": gcs.Fault(".*/orbax/.*|list .*", status=403),
-    "every request hangs": gcs.Fault(".*", hang=600.0),
-}
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What one process did.
+
+    Attributes:
+        import_seconds: seconds of its imports; NaN where it was stopped.
+        seconds: seconds of reading.
+        found: what it read, or its error.
+    """
+
+    import_seconds: float
+    seconds: float
+    found: str
 
 
-def run(code: str, *arguments: str) -> tuple[float, str]:
-    """Seconds, and how it ended."""
+def measure(reader: str, run: str) -> Outcome:
+    """Runs a reader in a fresh process."""
     started = time.perf_counter()
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "FSSPEC_GCS_TOKEN": "anon",
+        "VLLM_MAXTEXT_TIMEOUT": str(LIMIT),
+    }
+    command = [sys.executable, "-c", TIMED.format(reader=reader), run]
     try:
         done = subprocess.run(
-            [sys.executable, "-c", code, *arguments],
-            capture_output=True,
-            text=True,
-            timeout=GIVE_UP,
-            check=False,
+            command, env=environment, capture_output=True, text=True, timeout=STOPPED_AFTER, check=False
         )
     except subprocess.TimeoutExpired:
-        return time.perf_counter() - started, f"still waiting after {GIVE_UP:g} s"
-    lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
-    return time.perf_counter() - started, lines[-1][:90] if lines else f"exit {done.returncode}"
+        return Outcome(float("nan"), time.perf_counter() - started, "no end, stopped")
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if not lines:
+        raise SystemExit(done.stderr)
+    return Outcome(*json.loads(lines[-1].removeprefix("RESULT ")))
 
 
 def main() -> None:
-    """Prints one table per question."""
+    """Prints two Markdown tables, and the versions they are of."""
     server, proxy = gcs.shared()
-    server.upload(ROOT / "tests/fixtures/dense_v2/checkpoints", gcs.BUCKET, "orbax/")
-    url = f"gs://{gcs.BUCKET}/orbax"
-    versions = ", ".join(
-        f"{name} {importlib.metadata.version(name)}" for name in ("orbax-checkpoint", "gcsfs", "jax")
-    )
-    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}\n")
-    with gcs.environment(proxy.url, JAX_PLATFORMS="cpu", VLLM_MAXTEXT_TIMEOUT="10"):
-        print(f"{'reader':<14}{'import s':>10}{'requests':>10}  requests by kind")
-        for name, code in READERS.items():
-            seconds = statistics.median(run(f"import {IMPORTS[name]}")[0] for _ in range(ROUNDS))
-            proxy.clear()
-            ended = run(code, url)[1]
-            counts = proxy.counts()
-            print(f"{name:<14}{seconds:>10.2f}{counts.total():>10}  {dict(counts)}; answer: {ended}")
-        print(f"\n{'fault':<22}{'reader':<14}{'seconds':>8}  how it ended (time limit 10 s)")
-        for fault, what in FAULTS.items():
-            for name, code in READERS.items():
+    server.upload(FIXTURES / CASE / "checkpoints", gcs.BUCKET, "run/")
+    readers = {"ours": OURS, "Orbax": ORBAX}
+    print("| reader | import, s | local disk, s | bucket, s | requests (list, stat, read) |")
+    print("|---|---|---|---|---|")
+    with gcs.environment(proxy.url):
+        run = f"gs://{gcs.BUCKET}/run"
+        for name, reader in readers.items():
+            local = [measure(reader, str(FIXTURES / CASE / "checkpoints")) for _ in range(ROUNDS)]
+            remote = []
+            for _ in range(ROUNDS):
                 proxy.clear()
-                proxy.faults = [what]
-                seconds, ended = run(code, url)
-                print(f"{fault:<22}{name:<14}{seconds:>8.1f}  {ended}")
-        proxy.clear()
+                remote.append(measure(reader, run))
+            counts = proxy.counts()
+            kinds = ", ".join(str(counts[kind]) for kind in ("list", "stat", "read"))
+            imports = statistics.median(outcome.import_seconds for outcome in local + remote)
+            seconds = [
+                statistics.median(outcome.seconds for outcome in outcomes) for outcomes in (local, remote)
+            ]
+            print(
+                f"| {name} | {imports:.2f} | {seconds[0]:.3f} | {seconds[1]:.3f} | {counts.total()} ({kinds}) |"
+            )
+        print()
+        print("| fault | reader | ends after, s | requests | with |")
+        print("|---|---|---|---|---|")
+        for fault, what in FAULTS.items():
+            for name, reader in readers.items():
+                proxy.clear()
+                proxy.faults = [] if what is None else [gcs.Fault(**what)]  # type: ignore[arg-type]
+                outcome = measure(reader, run)
+                requests = proxy.counts().total()
+                print(f"| {fault} | {name} | {outcome.seconds:.1f} | {requests} | {outcome.found[:110]} |")
+    packages = ("orbax-checkpoint", "gcsfs", "tensorstore")
+    versions = ", ".join(f"{package} {version(package)}" for package in packages)
+    print(
+        f"\n{platform.machine()}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}, {versions}"
+    )
 
 
 if __name__ == "__main__":

@@ -226,7 +226,8 @@ def test_nothing_there(tmp_path: Path) -> None:
     [
         ("", "path is empty"),
         ("  ", "path is empty"),
-        ("gs://", "names no bucket"),
+        ("gs://", "gs://: names no bucket"),
+        ("gs:///", "gs:///: names no bucket"),
         ("s3://bucket/run", "scheme s3:// is not supported"),
         ("gs://me:secret@bucket/run", "is not a valid bucket name"),
         ("a\0b", "is no path"),
@@ -331,6 +332,24 @@ def test_object_names_that_tensorstore_refuses(path: str) -> None:
 )
 def test_forms_of_a_url(text: str, url: str) -> None:
     assert Location.parse(text).url == url
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("gs:/bucket/run", "gs://bucket/run"),
+        (Path("gs://bucket/run"), "gs://bucket/run"),
+        ("gs:bucket/run", "gs://bucket/run"),
+        ("file:/x/run", "file:///x/run"),
+    ],
+)
+def test_lost_slash(text: str | Path, meant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(errors.CheckpointNotFoundError, match=rf"Did you mean {meant}\?"):
+        locate(text)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / text).mkdir(parents=True, exist_ok=True)
+    if not os.path.isabs(text):
+        assert Location.parse(text).url == str(tmp_path / text)
 
 
 @pytest.mark.parametrize("text", ["file://otherhost/x", "file://me:secret@otherhost/x", "file://x"])

@@ -10,15 +10,15 @@ found, and `cat_file` does not compare checksums.
 from __future__ import annotations
 
 import base64
-import errno
 import functools
 import json
+import math
 import os
 import random
 import re
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from vllm_maxtext_loader.checkpoint.limits import (
     Backoff,
@@ -82,7 +82,7 @@ def list_names(url: str, most: int | None = None) -> list[str]:
     page: str | None = None
     while True:
         try:
-            body, _ = _get(
+            body = _get(
                 "list",
                 url,
                 "b/{}/o",
@@ -138,11 +138,11 @@ def read_object(url: str) -> bytes:
         FileNotFoundError: there is no such object.
         StorageError: the storage refuses or does not answer, or the content is damaged at every attempt.
     """
-    return _get("read", url, "b/{}/o/{}", *split(url), alt="media")[0]
+    return _get("read", url, "b/{}/o/{}", *split(url), alt="media")
 
 
-def _get(what: str, url: str, path: str, *args: str, **params: Any) -> tuple[bytes, Mapping[str, str]]:
-    """One request about `url`, repeated within the limit where its failure may pass; body and headers.
+def _get(what: str, url: str, path: str, *args: str, **params: Any) -> bytes:
+    """The answer's body to a request about `url`, repeated within the limit where its failure may pass.
 
     Args:
         what: what is being done, for messages.
@@ -196,7 +196,7 @@ class _Client:
         self._credentials = None if emulated else _credentials()
         # Tokens are refreshed here, not by gcsfs: in the caller's thread and within the time limit.
         request = google.auth.transport.requests.Request()
-        self._refresh: Any = functools.partial(request, timeout=timeout)  # type: ignore[arg-type]
+        self._refresh = functools.partial(request, timeout=math.ceil(timeout))
         self._fs = GCSFileSystem(
             token="anon",
             access="read_only",
@@ -209,8 +209,8 @@ class _Client:
             session_kwargs={"trust_env": True, "middlewares": (self._check,)},
         )
 
-    def get(self, path: str, *args: str, **params: Any) -> tuple[bytes, Mapping[str, str]]:
-        """Body and headers of the answer to one request.
+    def get(self, path: str, *args: str, **params: Any) -> bytes:
+        """The body of the answer to one request.
 
         Raises:
             RequestError: it failed.
@@ -227,9 +227,8 @@ class _Client:
                 failure = Failure.OVERLOADED if error.retryable else Failure.BUCKET_ACCESS
                 raise RequestError(f"no token: {error}", failure) from error
             self._authorization = headers
-        answer: Any = self._fs.call("GET", path, *args, **params)
-        headers_received, body = answer
-        return body, headers_received
+        answer = cast("tuple[Mapping[str, str], bytes]", self._fs.call("GET", path, *args, **params))
+        return answer[1]
 
     async def _check(
         self, request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
@@ -296,8 +295,9 @@ def _reason_of(error: Exception) -> str:
 
     if isinstance(error, aiohttp.ClientConnectorError) and not isinstance(error, aiohttp.ClientSSLError):
         reason = error.os_error
-        known = reason.errno is not None and reason.errno in errno.errorcode
-        words = os.strerror(reason.errno or 0) if known else str(reason)
+        number = reason.errno or 0
+        # A failed look-up of the name has a number of its own kind, below 0.
+        words = os.strerror(number) if number > 0 else str(reason)
         return f"{error.host}:{error.port}: {words}"
     return str(error) or type(error).__name__
 

@@ -45,6 +45,7 @@ class Location:
         scheme, separator, rest = text.partition("://")
         match (scheme.lower() if separator else "", rest):
             case ("", _):
+                _refuse_lost_slash(text)
                 return cls(os.path.abspath(os.path.expanduser(text)))
             case ("gs" | "gcs", _):
                 return cls(_bucket_url(rest))
@@ -140,6 +141,20 @@ class Location:
         return {"driver": "file", "path": f"{self.url.rstrip('/')}/"}
 
 
+def _refuse_lost_slash(text: str) -> None:
+    """Refuses "gs:/bucket/path" and "gs:bucket/path", unless a directory has that name.
+
+    Raises:
+        CheckpointNotFoundError: with the URL that was meant.
+    """
+    scheme, _, rest = text.partition(":")
+    if rest and scheme.lower() in ("gs", "gcs", "file") and not os.path.lexists(text):
+        meant = "file://" + rest if scheme.lower() == "file" else "gs://" + rest.lstrip("/")
+        raise CheckpointNotFoundError(
+            f"{redact(text)}: no such checkpoint directory. Did you mean {redact(meant)}? (A pathlib.Path drops a slash.)"
+        )
+
+
 def _bucket_url(rest: str) -> str:
     """The normal form of what follows "gs://".
 
@@ -150,7 +165,7 @@ def _bucket_url(rest: str) -> str:
     path = "/".join(parts)
     url = f"gs://{name}/{path}".rstrip("/")
     if not name:
-        raise CheckpointNotFoundError(f"{url}: names no bucket. Give gs://BUCKET/path.")
+        raise CheckpointNotFoundError(f"gs://{rest}: names no bucket. Give gs://BUCKET/path.")
     if not bucket.is_bucket_name(name):
         raise CheckpointNotFoundError(f"{redact(url)}: is not a valid bucket name. {bucket.BUCKET_NAMING}")
     if not bucket.is_object_name(path):
