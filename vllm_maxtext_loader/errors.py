@@ -2,7 +2,8 @@
 
 All of them are `MaxTextLoadError`. Storage faults are also `OSError`s, wrong input and configuration `ValueError`s.
 A message names the path, the leaf, what was expected and found, and what to do about it.
-All but `ReadError` are raised from metadata, before any array data is read.
+All are raised from metadata, before any array data is read, except `ReadError`, `IncompleteLoadError` and, where the
+storage fails later, `StorageError`. Every message is escaped here (`printable`).
 """
 
 from __future__ import annotations

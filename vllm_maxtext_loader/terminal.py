@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from vllm_maxtext_loader.checkpoint.limits import brief
-from vllm_maxtext_loader.errors import MaxTextLoadError, printable
+from vllm_maxtext_loader.errors import MaxTextLoadError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,7 +46,7 @@ def tidy() -> Iterator[None]:
         raise
     except MaxTextLoadError as error:
         _print_traceback()
-        typer.echo(f"error: {printable(str(error))}", err=True)
+        typer.echo(f"error: {error}", err=True)
         raise typer.Exit(UNUSABLE) from error
     except BrokenPipeError as error:
         # `| head` has seen enough.
@@ -62,7 +62,7 @@ def tidy() -> Iterator[None]:
             typer.echo(f"error: the output cannot be written: {error.strerror}.", err=True)
             raise typer.Exit(UNUSABLE) from error
         typer.echo(
-            f"internal error: {type(error).__name__}: {printable(brief(str(error), 300))}. This is a fault of "
+            f"internal error: {type(error).__name__}: {brief(str(error), 300)}. This is a fault of "
             f"vllm-maxtext-loader, not of your input. Please report it with the traceback, which "
             f"{DEBUG_VARIABLE}=1 prints.",
             err=True,

@@ -28,7 +28,6 @@ from vllm_maxtext_loader.errors import (
     NotACheckpointError,
     StepNotFoundError,
     UncommittedCheckpointError,
-    printable,
 )
 
 logger = logging.getLogger("vllm." + __name__)
@@ -111,7 +110,7 @@ def _list(location: Location) -> list[str]:
     except FileNotFoundError:
         if not location.is_remote and os.path.islink(location.url):
             raise CheckpointNotFoundError(
-                f"{location}: is a symbolic link to {printable(os.readlink(location.url))}, which does not exist."
+                f"{location}: is a symbolic link to {os.readlink(location.url)}, which does not exist."
             ) from None
     if location.parent is not None and location.is_file():
         raise NotACheckpointError(
@@ -128,7 +127,7 @@ def _beside(location: Location) -> str:
         siblings = parent.listdir(most=8) if parent is not None else []
     except (OSError, MaxTextLoadError):
         siblings = []
-    return f" {parent} holds: {', '.join(map(printable, siblings))}." if siblings else " Check the path."
+    return f" {parent} holds: {', '.join(siblings)}." if siblings else " Check the path."
 
 
 def _item_of(directory: Location, names: Sequence[str]) -> Location | None:
@@ -291,7 +290,7 @@ def _refuse_temporary(location: Location) -> None:
     for part in location.url.split("/"):
         if TMP_MARK in part:
             raise UncommittedCheckpointError(
-                f"{location}: {printable(part)} is a temporary directory: its writer has not finished, or died. Wait "
+                f"{location}: {part} is a temporary directory: its writer has not finished, or died. Wait "
                 "for it, or choose another step."
             )
 
@@ -317,5 +316,5 @@ def _parse(location: Location, raw: bytes) -> dict[str, object]:
 
 
 def _some(names: Iterable[str], most: int = 12) -> str:
-    listed = list(map(printable, names))
+    listed = list(names)
     return ", ".join(listed[:most]) + (f", … ({len(listed)} in all)" if len(listed) > most else "")

@@ -25,7 +25,6 @@ from vllm_maxtext_loader.errors import (
     MaxTextLoadError,
     UnknownModelError,
     UnsupportedDtypeError,
-    printable,
 )
 
 logger = logging.getLogger("vllm." + __name__)
@@ -235,8 +234,9 @@ def _parse(items: Location) -> tuple[list[tuple[str, ...]], Format]:
             not part or "/" in part or part in (".", "..") or not part.isprintable()
             for part in key
         ):
-            name = ", ".join(map(printable, key))
-            raise CorruptMetadataError(f"{path}: is damaged: ({name}) is no name of an array. {advice}")
+            raise CorruptMetadataError(
+                f"{path}: is damaged: ({', '.join(key)}) is no name of an array. {advice}"
+            )
     if any(flag is not None and not isinstance(flag, bool) for flag in flags):
         raise CorruptMetadataError(
             f"{path}: is damaged: use_ocdbt, use_zarr3 and the like are {flags}. {advice}"
@@ -263,7 +263,7 @@ def _unmerged(items: Location) -> CorruptMetadataError | None:
         names = items.listdir()
     except (OSError, MaxTextLoadError):
         return None
-    parts = [printable(name) for name in names if name.startswith("ocdbt.process_")]
+    parts = [name for name in names if name.startswith("ocdbt.process_")]
     if OCDBT_MANIFEST in names or not parts:
         return None
     found = parts[0] if len(parts) == 1 else f"{parts[0]} to {parts[-1]} ({len(parts)} in all)"
