@@ -287,6 +287,10 @@ def test_checksum_refuses_its_target_before_reading(
 def test_stopped_checksum_leaves_the_old_file(number: int, code: int, moe: Path, tmp_path: Path) -> None:
     (tmp_path / "x.crc").write_text("old")
     stop = (
+        # As in a terminal: where tests run in the background, SIGINT and SIGHUP may be ignored, and that is inherited.
+        "import signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         "import os, vllm_maxtext_loader.checksums as checksums\n"
         f"checksums.compute = lambda *_: os.kill(os.getpid(), {int(number)})\n"
     )
