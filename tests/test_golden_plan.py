@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from support.checkpoints import cases
 from support.golden_plan import plan_lines, read_golden
 
