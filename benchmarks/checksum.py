@@ -24,8 +24,8 @@ from pathlib import Path
 import load
 
 from vllm_maxtext_loader import open_checkpoint
+from vllm_maxtext_loader.checkpoint.checksums import Verifier
 from vllm_maxtext_loader.checkpoint.reader import Piece, read_pieces
-from vllm_maxtext_loader.checksums import Verifier
 
 ROUNDS = 7
 Watch = Callable[[Iterator[Piece]], Iterator[Piece]]

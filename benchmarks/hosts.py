@@ -42,7 +42,7 @@ def count(checkpoint: str, config: str, devices: int, experts: bool) -> dict[str
     import jax
 
     from vllm_maxtext_loader.checkpoint.reader import box_nbytes, boxes
-    from vllm_maxtext_loader.tpu.direct import DirectPlacer
+    from vllm_maxtext_loader.tpu.placement import DirectPlacer
 
     shares: dict[str, list[float]] = {}
 

@@ -216,7 +216,8 @@ def make_pair(directory: Path, dims: dict[str, Any]) -> tuple[Path, Path]:
 
 def write_config(directory: Path, checkpoint: Path) -> None:
     """config.json of the cut-down model: the preset's settings with the checkpoint's dimensions."""
-    from vllm_maxtext_loader import hf_config, open_checkpoint
+    from vllm_maxtext_loader import open_checkpoint
+    from vllm_maxtext_loader.huggingface import config as hf_config
 
     opened = open_checkpoint(checkpoint)
     dims = opened.plan.dims

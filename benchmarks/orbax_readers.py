@@ -28,8 +28,8 @@ LIMIT = 10
 STOPPED_AFTER = 60
 
 OURS = """
-from vllm_maxtext_loader.checkpoint.location import locate
-from vllm_maxtext_loader.checkpoint.storage import tensorstore_context
+from vllm_maxtext_loader.checkpoint.find import locate
+from vllm_maxtext_loader.checkpoint.storage.path import tensorstore_context
 from vllm_maxtext_loader.checkpoint.tree import read_tree
 
 def read(run):

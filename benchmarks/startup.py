@@ -2,7 +2,7 @@
 
     python benchmarks/startup.py
 
-Prints medians of fresh processes: `import vllm_maxtext_loader.plugin` and `register()`, after vLLM has been imported;
+Prints medians of fresh processes: `import vllm_maxtext_loader.engine.plugin` and `register()`, after vLLM has been imported;
 and planning the published 26B-A4B (30 layers, 128 experts, 262,144 rows) from leaf names and shapes alone.
 """
 
@@ -23,7 +23,7 @@ ROUNDS = 7
 REGISTER = """
 import time, vllm
 started = time.perf_counter()
-from vllm_maxtext_loader.plugin import register
+from vllm_maxtext_loader.engine.plugin import register
 imported = time.perf_counter()
 register()
 print("RESULT", imported - started, time.perf_counter() - imported)
@@ -32,7 +32,7 @@ print("RESULT", imported - started, time.perf_counter() - imported)
 BEFORE = """
 import time
 started = time.perf_counter()
-from vllm_maxtext_loader.plugin import register
+from vllm_maxtext_loader.engine.plugin import register
 register()
 import sys
 print("RESULT", time.perf_counter() - started, "vllm" in sys.modules)
@@ -44,8 +44,8 @@ def plan_seconds() -> tuple[float, int, int]:
     import ml_dtypes
     import numpy as np
 
-    from vllm_maxtext_loader.checkpoint.location import ItemLocation
-    from vllm_maxtext_loader.checkpoint.storage import Location
+    from vllm_maxtext_loader.checkpoint.find import ItemLocation
+    from vllm_maxtext_loader.checkpoint.storage.path import Location
     from vllm_maxtext_loader.checkpoint.tree import Leaf, Tree
     from vllm_maxtext_loader.conversion.plan import make_plan
 

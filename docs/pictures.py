@@ -20,9 +20,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from vllm_maxtext_loader.checkpoint.storage import Location
-from vllm_maxtext_loader.inspect_checkpoint import inspect_checkpoint
-from vllm_maxtext_loader.tables import show_inspection
+from vllm_maxtext_loader.checkpoint.storage.path import Location
+from vllm_maxtext_loader.cli.render import show_inspection
+from vllm_maxtext_loader.tools.inspect import inspect_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = ROOT / "docs" / "images"

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from support import gcs
 from support.checkpoints import FIXTURES
 from support.damage import biggest, flip, pieces, without_database
-from vllm_maxtext_loader import checksums, errors, open_checkpoint
+from vllm_maxtext_loader import errors, open_checkpoint
 from vllm_maxtext_loader.api import Checkpoint
+from vllm_maxtext_loader.checkpoint import checksums
 from vllm_maxtext_loader.checkpoint.reader import Piece, boxes
 from vllm_maxtext_loader.checkpoint.tree import Leaf
 

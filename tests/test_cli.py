@@ -16,11 +16,11 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from support.checkpoints import Tree, cases
-from vllm_maxtext_loader.cli import app
+from vllm_maxtext_loader.cli.app import app
 
 Twin = Callable[[str], Path]
 
-_MAIN = "from vllm_maxtext_loader.cli import main; main()"
+_MAIN = "from vllm_maxtext_loader.cli.app import main; main()"
 
 
 def _run(*arguments: object) -> Result:
@@ -184,8 +184,8 @@ def test_an_unexpected_exception_is_seventy(
 ) -> None:
     """Never 1, which says that a check found differences; one line, with a way to the traceback."""
     monkeypatch.setattr("vllm_maxtext_loader.api.open_checkpoint", _broken)
-    monkeypatch.setattr("vllm_maxtext_loader.inspect_checkpoint.inspect_checkpoint", _broken)
-    monkeypatch.setattr("vllm_maxtext_loader.hf_directory.read_hf_directory", _broken)
+    monkeypatch.setattr("vllm_maxtext_loader.tools.inspect.inspect_checkpoint", _broken)
+    monkeypatch.setattr("vllm_maxtext_loader.huggingface.directory.read_hf_directory", _broken)
     for arguments in (
         ("inspect", moe),
         ("verify", moe, tmp_path),
@@ -291,7 +291,7 @@ def test_stopped_checksum_leaves_the_old_file(number: int, code: int, moe: Path,
         "import signal\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
-        "import os, vllm_maxtext_loader.checksums as checksums\n"
+        "import os, vllm_maxtext_loader.checkpoint.checksums as checksums\n"
         f"checksums.compute = lambda *_: os.kill(os.getpid(), {int(number)})\n"
     )
     result = _subprocess("checksum", moe, "-o", tmp_path / "x.crc", code=stop + _MAIN)

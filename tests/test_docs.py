@@ -20,7 +20,7 @@ import typer
 import yaml
 
 from vllm_maxtext_loader import errors
-from vllm_maxtext_loader.cli import app
+from vllm_maxtext_loader.cli.app import app
 from vllm_maxtext_loader.options import Options
 
 ROOT = Path(__file__).resolve().parent.parent

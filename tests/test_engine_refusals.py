@@ -18,7 +18,8 @@ from support import gcs
 from support.checkpoints import FIXTURES, cases, read_orbax, write_orbax
 from support.damage import biggest, cut
 from support.engine import PROMPTS, bound, distance, reference_logprobs, run_jobs, vocabulary
-from vllm_maxtext_loader import checksums, open_checkpoint
+from vllm_maxtext_loader import open_checkpoint
+from vllm_maxtext_loader.checkpoint import checksums
 
 pytestmark = pytest.mark.engine
 

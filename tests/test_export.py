@@ -19,16 +19,16 @@ import safetensors.torch as safetensors_torch
 import torch
 import transformers
 
-import vllm_maxtext_loader.export as export_module
-import vllm_maxtext_loader.safetensors_files as files_module
+import vllm_maxtext_loader.huggingface.safetensors_files as files_module
+import vllm_maxtext_loader.tools.export as export_module
 from support.checkpoints import EXPORT_ONLY, SERVABLE, Tree, cases
 from vllm_maxtext_loader import MaxTextLoadError, open_checkpoint
+from vllm_maxtext_loader.cli.runtime import sigterm_raises
 from vllm_maxtext_loader.errors import ConfigMismatchError, HuggingFaceDirectoryError, ReadError
-from vllm_maxtext_loader.export import export, parse_size, split
-from vllm_maxtext_loader.hf_directory import read_hf_directory
-from vllm_maxtext_loader.safetensors_files import lay_out
-from vllm_maxtext_loader.terminal import sigterm_raises
-from vllm_maxtext_loader.verify import verify
+from vllm_maxtext_loader.huggingface.directory import read_hf_directory
+from vllm_maxtext_loader.huggingface.safetensors_files import lay_out
+from vllm_maxtext_loader.tools.export import export, parse_size, split
+from vllm_maxtext_loader.tools.verify import verify
 
 Twin = Callable[[str], Path]
 Edited = Callable[..., Path]

@@ -24,13 +24,14 @@ from hypothesis import strategies as st
 from support.checkpoints import FIXTURES, cases
 from support.damage import without_database
 from support.fuzz_inputs import DIRECTORIES, changed, damaged_bytes, damaged_json, invented
-from vllm_maxtext_loader import MaxTextLoadError, checksums, errors, open_checkpoint
+from vllm_maxtext_loader import MaxTextLoadError, errors, open_checkpoint
 from vllm_maxtext_loader.api import Checkpoint
-from vllm_maxtext_loader.checkpoint.location import locate
+from vllm_maxtext_loader.checkpoint import checksums
+from vllm_maxtext_loader.checkpoint.find import locate
 from vllm_maxtext_loader.checkpoint.reader import Piece
 from vllm_maxtext_loader.checkpoint.tree import Leaf, Tree
-from vllm_maxtext_loader.conversion.gemma4 import Dims
 from vllm_maxtext_loader.conversion.plan import Plan, make_plan
+from vllm_maxtext_loader.families.gemma4 import Dims
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "500"))
 LONGEST = 60

@@ -26,7 +26,7 @@ from support.checkpoints import FIXTURES, cases
 from support.damage import pieces, without_database
 from vllm_maxtext_loader import open_checkpoint
 from vllm_maxtext_loader.api import Checkpoint
-from vllm_maxtext_loader.checkpoint.storage import Location
+from vllm_maxtext_loader.checkpoint.storage.path import Location
 
 
 @pytest.fixture(scope="module", params=["moe_v2", "moe_v1", "moe_v2 in files", "moe_v1 in files"])
@@ -224,7 +224,7 @@ def test_no_token(proxy: gcs.Proxy, tmp_path: Path, fault: dict[str, object], sa
 
 LIST_IN_A_FORKED_PROCESS = """
 import os, sys
-from vllm_maxtext_loader.checkpoint.storage import Location
+from vllm_maxtext_loader.checkpoint.storage.path import Location
 location = Location.parse(sys.argv[1])
 here = location.listdir()
 pid = os.fork()

@@ -16,15 +16,15 @@ from rich.console import Console
 
 from support.checkpoints import Tree, cases, read_orbax
 from vllm_maxtext_loader.checkpoint.tree import Leaf
+from vllm_maxtext_loader.cli.render import _show_leaves, ranges, show_inspection, size
 from vllm_maxtext_loader.errors import CheckpointNotFoundError
-from vllm_maxtext_loader.inspect_checkpoint import (
+from vllm_maxtext_loader.tools.inspect import (
     Inspection,
     container_of,
     count_chunks,
     inspect_checkpoint,
     read_values,
 )
-from vllm_maxtext_loader.tables import _show_leaves, ranges, show_inspection, size
 
 Edited = Callable[..., Path]
 

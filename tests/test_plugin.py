@@ -16,15 +16,15 @@ import pytest
 from support.checkpoints import cases
 from support.engine import LLAMA
 from vllm_maxtext_loader import versions
-from vllm_maxtext_loader.plugin import LOAD_FORMAT
+from vllm_maxtext_loader.options import LOAD_FORMAT
 
 HEAVY = (
     "orbax",
     "tensorstore",
     "gcsfs",
     "fsspec.asyn",
-    "vllm_maxtext_loader.loader",
-    "vllm_maxtext_loader.engine",
+    "vllm_maxtext_loader.engine.loader",
+    "vllm_maxtext_loader.engine.args",
 )
 """What belongs to this load format; jax, torch and vllm are vLLM's own to import."""
 
@@ -46,7 +46,7 @@ def run(code: str, directory: Path | None = None, **environment: str) -> Any:
 
 def test_entry_point_is_declared() -> None:
     (entry,) = importlib.metadata.entry_points(group="vllm.general_plugins", name=LOAD_FORMAT)
-    assert entry.value == "vllm_maxtext_loader.plugin:register"
+    assert entry.value == "vllm_maxtext_loader.engine.plugin:register"
     assert callable(entry.load())
 
 
@@ -55,7 +55,7 @@ def test_register_imports_nothing_heavy() -> None:
     said = run(
         f"""
 import json, sys
-from vllm_maxtext_loader.plugin import register
+from vllm_maxtext_loader.engine.plugin import register
 register(); register()
 print(json.dumps({{"heavy": [name for name in {heavy!r} if name in sys.modules]}}))
 """
@@ -65,7 +65,7 @@ print(json.dumps({{"heavy": [name for name in {heavy!r} if name in sys.modules]}
 
 MODULES = """
 import json, sys
-from vllm_maxtext_loader.plugin import register
+from vllm_maxtext_loader.engine.plugin import register
 register()
 import vllm.engine.arg_utils, vllm.model_executor.model_loader
 import tpu_inference.models.common.model_loader, tpu_inference.platforms.tpu_platform
@@ -102,7 +102,7 @@ class Records(logging.Handler):
     def emit(self, record):
         errors.append(record.getMessage())
 logging.getLogger("vllm.vllm_maxtext_loader").addHandler(Records(logging.ERROR))
-from vllm_maxtext_loader.plugin import register
+from vllm_maxtext_loader.engine.plugin import register
 register()
 from vllm.config.load import LoadConfig
 from vllm.model_executor import model_loader
@@ -148,7 +148,7 @@ UNKNOWN = """
 import importlib.metadata, json, sys
 version = importlib.metadata.version
 importlib.metadata.version = lambda name: "0.33.1" if name == {distribution!r} else version(name)
-from vllm_maxtext_loader.plugin import register
+from vllm_maxtext_loader.engine.plugin import register
 register()
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor import model_loader
@@ -214,7 +214,7 @@ def test_other_load_formats_keep_their_engine_arguments() -> None:
     said = run(
         """
 import json, types
-from vllm_maxtext_loader import plugin
+from vllm_maxtext_loader.engine import plugin
 
 calls = []
 
@@ -257,7 +257,7 @@ def test_current_directory_is_not_on_the_probes_path(tmp_path: Path) -> None:
 import sys
 sys.path = [entry for entry in sys.path if entry]
 import json
-from vllm_maxtext_loader.probe import probe
+from vllm_maxtext_loader.engine.probe import probe
 print(json.dumps({{"items": probe({str(cases()["dense_v2"].items)!r}, None, trim=False).items}}))
 """,
         tmp_path,
@@ -275,7 +275,7 @@ def test_probe_that_hangs_is_given_up(tmp_path: Path) -> None:
         f"""
 import json
 from vllm_maxtext_loader.errors import EngineError
-from vllm_maxtext_loader.probe import probe
+from vllm_maxtext_loader.engine.probe import probe
 try:
     probe({str(items)!r}, None, trim=False)
 except EngineError as error:
@@ -292,7 +292,7 @@ def test_somebody_elses_frozen_heap_stays_frozen() -> None:
     said = run(
         """
 import gc, json
-from vllm_maxtext_loader.loader import gc_frozen
+from vllm_maxtext_loader.engine.loader import gc_frozen
 before = gc.get_freeze_count()
 with gc_frozen():
     inside = gc.get_freeze_count()

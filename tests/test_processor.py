@@ -14,8 +14,8 @@ import pytest
 from support.checkpoints import cases
 from tiny_tokenizer import write_tokenizer
 from vllm_maxtext_loader import errors
-from vllm_maxtext_loader.engine import processor_files, warn_without_bos, write_config_dir
-from vllm_maxtext_loader.probe import probe
+from vllm_maxtext_loader.engine.args import processor_files, warn_without_bos, write_config_dir
+from vllm_maxtext_loader.engine.probe import probe
 
 
 def arguments(tokenizer: Path | str | None) -> Any:

@@ -10,9 +10,9 @@ import pytest
 from transformers import Gemma4Config
 
 from support.checkpoints import FIXTURES
-from vllm_maxtext_loader.conversion.gemma4 import Dims
 from vllm_maxtext_loader.errors import ConfigMismatchError
-from vllm_maxtext_loader.hf_config import PRESETS, PUBLISHED_VOCAB, make_config, match_preset
+from vllm_maxtext_loader.families.gemma4 import Dims
+from vllm_maxtext_loader.huggingface.config import PRESETS, PUBLISHED_VOCAB, make_config, match_preset
 
 PUBLISHED: dict[str, dict[str, Any]] = json.loads((FIXTURES / "published.json").read_text())
 

@@ -19,10 +19,10 @@ from rich.console import Console
 
 from support.checkpoints import cases
 from vllm_maxtext_loader import MaxTextLoadError, open_checkpoint
+from vllm_maxtext_loader.cli.render import show_report
 from vllm_maxtext_loader.errors import ConfigMismatchError, HuggingFaceDirectoryError
-from vllm_maxtext_loader.hf_directory import canonical, read_hf_directory
-from vllm_maxtext_loader.tables import show_report
-from vllm_maxtext_loader.verify import Report, Row, Status, _add, _blocks, verify
+from vllm_maxtext_loader.huggingface.directory import canonical, read_hf_directory
+from vllm_maxtext_loader.tools.verify import Report, Row, Status, _add, _blocks, verify
 
 Tensors = dict[str, "torch.Tensor"]
 Twin = Callable[[str], Path]
@@ -370,7 +370,7 @@ def test_memory_holds_neither_side_whole(twin: Twin) -> None:
 
 
 def test_blocks_cover_every_value_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vllm_maxtext_loader.verify._BLOCK", 10)
+    monkeypatch.setattr("vllm_maxtext_loader.tools.verify._BLOCK", 10)
     for shape in ((), (1,), (25,), (3, 4), (4, 3, 7), (2, 3, 2, 2)):
         seen = np.zeros(shape, int)
         for block in _blocks(shape):

@@ -37,7 +37,7 @@ for name in {HIDDEN!r}:
         continue
     raise AssertionError(name)
 
-from vllm_maxtext_loader.cli import main
+from vllm_maxtext_loader.cli.app import main
 
 main()
 """

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vllm_maxtext_loader.checkpoint.location import ItemLocation, locate
+from vllm_maxtext_loader.checkpoint.find import ItemLocation, locate
 from vllm_maxtext_loader.checkpoint.reader import Box, Piece, read_pieces, trailing_zero_rows
-from vllm_maxtext_loader.checkpoint.storage import tensorstore_context
+from vllm_maxtext_loader.checkpoint.storage.path import tensorstore_context
 from vllm_maxtext_loader.checkpoint.tree import ANCHOR, Leaf, Tree, read_tree
 from vllm_maxtext_loader.conversion.convert import BFLOAT16, convert
-from vllm_maxtext_loader.conversion.gemma4 import Dims
 from vllm_maxtext_loader.conversion.plan import Plan, make_plan
+from vllm_maxtext_loader.families.gemma4 import Dims
 from vllm_maxtext_loader.options import read_budget
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Checkpoint:
         Raises:
             ConfigMismatchError: the dimensions are near no published Gemma 4 and no model name was given.
         """
-        from vllm_maxtext_loader.hf_config import make_config
+        from vllm_maxtext_loader.huggingface.config import make_config
 
         return make_config(self.trimmed_plan().dims, self.model_name, self.plan.where)
 
@@ -143,7 +143,7 @@ class Checkpoint:
         """
         if self.configured or self._vocab_known:
             return self.plan
-        from vllm_maxtext_loader.hf_config import PUBLISHED_VOCAB, match_preset
+        from vllm_maxtext_loader.huggingface.config import PUBLISHED_VOCAB, match_preset
 
         vocab = self.plan.dims.vocab
         if vocab > PUBLISHED_VOCAB and match_preset(self.plan.dims):

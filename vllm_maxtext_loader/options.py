@@ -11,6 +11,9 @@ from typing import Any, Literal
 
 from vllm_maxtext_loader.errors import OptionError
 
+LOAD_FORMAT = "maxtext"
+"""What `--load-format` is for this loader."""
+
 GIB = 1 << 30
 
 DIRECT_VARIABLE = "VLLM_MAXTEXT_DIRECT"

@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from vllm_maxtext_loader.checkpoint.tree import ANCHOR, Leaf
-from vllm_maxtext_loader.conversion.gemma4 import CONTAINERS, RULES
+from vllm_maxtext_loader.families.gemma4 import CONTAINERS, RULES
 
 SIZES = st.one_of(st.integers(0, 9), st.sampled_from([16, 96, 160, 2816, 262_144, 2**31, 2**40, 2**62]))
 SHAPES = st.lists(SIZES, max_size=5).map(tuple)

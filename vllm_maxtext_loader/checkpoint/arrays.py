@@ -10,9 +10,9 @@ from typing import Any
 
 import tensorstore as ts
 
-from vllm_maxtext_loader.checkpoint.limits import brief, storage_error
-from vllm_maxtext_loader.checkpoint.storage import Location
-from vllm_maxtext_loader.checkpoint.waiting import Watch
+from vllm_maxtext_loader.checkpoint.storage.path import Location
+from vllm_maxtext_loader.checkpoint.storage.retry import brief, storage_error
+from vllm_maxtext_loader.checkpoint.storage.stall import Watch
 from vllm_maxtext_loader.errors import CorruptMetadataError, MaxTextLoadError, ReadError
 
 

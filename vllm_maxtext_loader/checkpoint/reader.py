@@ -24,9 +24,9 @@ import numpy as np
 import tensorstore as ts
 
 from vllm_maxtext_loader.checkpoint.arrays import array_error
-from vllm_maxtext_loader.checkpoint.limits import storage_error
+from vllm_maxtext_loader.checkpoint.storage.retry import storage_error
+from vllm_maxtext_loader.checkpoint.storage.stall import Watch
 from vllm_maxtext_loader.checkpoint.tree import Leaf
-from vllm_maxtext_loader.checkpoint.waiting import Watch
 
 Box = tuple[slice, ...]
 

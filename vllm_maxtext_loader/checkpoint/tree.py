@@ -18,8 +18,8 @@ import numpy as np
 import tensorstore as ts
 
 from vllm_maxtext_loader.checkpoint.arrays import Format, open_arrays
-from vllm_maxtext_loader.checkpoint.location import TREE_METADATA, ItemLocation
-from vllm_maxtext_loader.checkpoint.storage import Location
+from vllm_maxtext_loader.checkpoint.find import TREE_METADATA, ItemLocation
+from vllm_maxtext_loader.checkpoint.storage.path import Location
 from vllm_maxtext_loader.errors import (
     CorruptMetadataError,
     MaxTextLoadError,

@@ -13,9 +13,14 @@ import ml_dtypes
 import numpy as np
 
 from vllm_maxtext_loader.checkpoint.reader import Box, Piece
-from vllm_maxtext_loader.conversion.gemma4 import Value
-from vllm_maxtext_loader.conversion.ops import fold_expert_scale, round_to, to_float32, unscale_embedding
 from vllm_maxtext_loader.conversion.plan import LeafPlan, Plan, Target, Write
+from vllm_maxtext_loader.conversion.rearrange import (
+    fold_expert_scale,
+    round_to,
+    to_float32,
+    unscale_embedding,
+)
+from vllm_maxtext_loader.families.gemma4 import Value
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 

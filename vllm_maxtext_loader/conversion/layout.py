@@ -17,8 +17,8 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from vllm_maxtext_loader.checkpoint.tree import Leaf
-from vllm_maxtext_loader.conversion.gemma4 import CONTAINERS, RULES, Container, Rule, Scope
 from vllm_maxtext_loader.errors import LayoutError, UnknownLeafError, UnknownModelError
+from vllm_maxtext_loader.families.gemma4 import CONTAINERS, RULES, Container, Rule, Scope
 
 SCAN_AXES = (1, 0)
 """Values of `param_scan_axis` that occur, MaxText's default first."""

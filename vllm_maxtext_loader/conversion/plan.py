@@ -13,10 +13,9 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from vllm_maxtext_loader.checkpoint.tree import Leaf, Tree
-from vllm_maxtext_loader.conversion.compare import reconcile
-from vllm_maxtext_loader.conversion.gemma4 import DIMENSIONS, RULES, Dims, Rule, Scope, Value
+from vllm_maxtext_loader.conversion.config_check import reconcile
+from vllm_maxtext_loader.conversion.infer import read_dims
 from vllm_maxtext_loader.conversion.layout import Layout, Placed, describe, read_layouts
-from vllm_maxtext_loader.conversion.shapes import read_dims
 from vllm_maxtext_loader.errors import (
     LayoutError,
     MaxTextLoadError,
@@ -24,6 +23,7 @@ from vllm_maxtext_loader.errors import (
     UnknownLeafError,
     WrongShapeError,
 )
+from vllm_maxtext_loader.families.gemma4 import DIMENSIONS, RULES, Dims, Rule, Scope, Value
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding
 
 from vllm_maxtext_loader.checkpoint.reader import Box, aligned
 from vllm_maxtext_loader.conversion.convert import assign
-from vllm_maxtext_loader.conversion.ops import fold_expert_scale
+from vllm_maxtext_loader.conversion.rearrange import fold_expert_scale
 from vllm_maxtext_loader.options import DIRECT_VARIABLE
 from vllm_maxtext_loader.tpu.columns import Run
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import tensorstore as ts
 
-from vllm_maxtext_loader.checkpoint import bucket
-from vllm_maxtext_loader.checkpoint.limits import Backoff, no_progress_seconds, redact, storage_error
-from vllm_maxtext_loader.checkpoint.waiting import abort_stalled_transfers
-from vllm_maxtext_loader.checkpoint.web_address import refuse_web_address
+from vllm_maxtext_loader.checkpoint.storage import gcs
+from vllm_maxtext_loader.checkpoint.storage.retry import Backoff, no_progress_seconds, redact, storage_error
+from vllm_maxtext_loader.checkpoint.storage.stall import abort_stalled_transfers
+from vllm_maxtext_loader.checkpoint.storage.web_address import refuse_web_address
 from vllm_maxtext_loader.errors import CheckpointNotFoundError, printable
 
 
@@ -93,7 +93,7 @@ class Location:
             StorageError: it cannot be listed.
         """
         if self.is_remote:
-            names = bucket.list_names(self.url, most)
+            names = gcs.list_names(self.url, most)
             if not names:
                 raise FileNotFoundError(self.url)
             return names
@@ -111,7 +111,7 @@ class Location:
             StorageError: it cannot be looked up.
         """
         if self.is_remote:
-            return bucket.is_object(self.url)
+            return gcs.is_object(self.url)
         try:
             return Path(self.url).is_file()
         except OSError as error:
@@ -125,7 +125,7 @@ class Location:
             StorageError: it cannot be read.
         """
         if self.is_remote:
-            return bucket.read_object(self.url)
+            return gcs.read_object(self.url)
         try:
             return Path(self.url).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
@@ -136,7 +136,7 @@ class Location:
     def kvstore(self) -> dict[str, str]:
         """TensorStore key-value store specification of this directory."""
         if self.is_remote:
-            name, path = bucket.split(self.url)
+            name, path = gcs.split(self.url)
             return {"driver": "gcs", "bucket": name, "path": f"{path}/" if path else ""}
         return {"driver": "file", "path": f"{self.url.rstrip('/')}/"}
 
@@ -166,9 +166,9 @@ def _bucket_url(rest: str) -> str:
     url = f"gs://{name}/{path}".rstrip("/")
     if not name:
         raise CheckpointNotFoundError(f"gs://{rest}: names no bucket. Give gs://BUCKET/path.")
-    if not bucket.is_bucket_name(name):
-        raise CheckpointNotFoundError(f"{redact(url)}: is not a valid bucket name. {bucket.BUCKET_NAMING}")
-    if not bucket.is_object_name(path):
+    if not gcs.is_bucket_name(name):
+        raise CheckpointNotFoundError(f"{redact(url)}: is not a valid bucket name. {gcs.BUCKET_NAMING}")
+    if not gcs.is_object_name(path):
         raise CheckpointNotFoundError(
             f"{redact(url)}: is not a valid object name: it has control characters, or more than 1024 bytes."
         )

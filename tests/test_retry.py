@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from vllm_maxtext_loader import errors
-from vllm_maxtext_loader.checkpoint.limits import Failure, http_failure, no_progress_seconds, redact
-from vllm_maxtext_loader.checkpoint.location import locate
+from vllm_maxtext_loader.checkpoint.find import locate
+from vllm_maxtext_loader.checkpoint.storage.retry import Failure, http_failure, no_progress_seconds, redact
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "soon", "nan", "inf"])

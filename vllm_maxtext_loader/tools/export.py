@@ -34,7 +34,7 @@ from vllm_maxtext_loader.errors import (
     IncompleteLoadError,
     MaxTextLoadError,
 )
-from vllm_maxtext_loader.hf_directory import (
+from vllm_maxtext_loader.huggingface.directory import (
     CONFIG_FILE,
     GENERATION_CONFIG_FILE,
     INDEX_FILE,
@@ -42,7 +42,7 @@ from vllm_maxtext_loader.hf_directory import (
     read_config,
     read_json,
 )
-from vllm_maxtext_loader.safetensors_files import lay_out
+from vllm_maxtext_loader.huggingface.safetensors_files import lay_out
 
 DTYPES: dict[str, np.dtype | None] = {
     "stored": None,

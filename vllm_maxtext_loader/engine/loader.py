@@ -22,10 +22,10 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.weight_utils import enable_tqdm
 
 from vllm_maxtext_loader.api import numpy_dtype
+from vllm_maxtext_loader.checkpoint.statistics import count_nonfinite, sample
 from vllm_maxtext_loader.errors import EngineError, IncompleteLoadError
 from vllm_maxtext_loader.options import DIRECT_VARIABLE, Options
 from vllm_maxtext_loader.progress import byte_bar
-from vllm_maxtext_loader.values import count_nonfinite, sample
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from vllm_maxtext_loader.api import Checkpoint
     from vllm_maxtext_loader.checkpoint.reader import Piece
-    from vllm_maxtext_loader.tpu.direct import DirectPlacer
+    from vllm_maxtext_loader.tpu.placement import DirectPlacer
 
 logger = init_logger("vllm." + __name__)
 
@@ -68,7 +68,7 @@ class MaxTextModelLoader(BaseModelLoader):
         self._checkpoint = self._open(model_config)
         model = super().create_model(vllm_config, model_config, prefix)
         if _on_tpu_inference():
-            from vllm_maxtext_loader.tpu import release_finished_layers
+            from vllm_maxtext_loader.tpu.patches import release_finished_layers
 
             release_finished_layers(model)
         return model
@@ -96,12 +96,12 @@ class MaxTextModelLoader(BaseModelLoader):
 
         try:
             if self._places_directly(model_config):
-                from vllm_maxtext_loader.tpu import direct
+                from vllm_maxtext_loader.tpu import placement
 
                 # Several hosts: each reads the boxes its own devices hold a part of, and must know first which these
                 # are. One host reads while that is being found out.
-                pieces = None if direct.several_processes() else checkpoint.pieces(on_wait=on_wait)
-                placer = direct.DirectPlacer(model, checkpoint.plan, numpy_dtype(model_config.dtype), fold)
+                pieces = None if placement.several_processes() else checkpoint.pieces(on_wait=on_wait)
+                placer = placement.DirectPlacer(model, checkpoint.plan, numpy_dtype(model_config.dtype), fold)
                 given, placed = placer.targets(), placer.placed
                 if pieces is None:
                     pieces = checkpoint.pieces(on_wait=on_wait, needed=placer.needs)
@@ -145,7 +145,7 @@ class MaxTextModelLoader(BaseModelLoader):
         """What compares boxes with the checksum file the user gave, if any; a file of another checkpoint is refused."""
         if self.options.checksums is None:
             return _unchanged
-        from vllm_maxtext_loader.checksums import Verifier
+        from vllm_maxtext_loader.checkpoint.checksums import Verifier
 
         verifier = Verifier(self.options.checksums, checkpoint.plan.where)
         verifier.expect(entry.leaf for entry in checkpoint.plan.leaves)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_maxtext_loader.errors import ConfigMismatchError, HuggingFaceDirectoryError
-from vllm_maxtext_loader.hf_config import config_classes
-from vllm_maxtext_loader.safetensors_files import HfTensor, read_header
+from vllm_maxtext_loader.huggingface.config import config_classes
+from vllm_maxtext_loader.huggingface.safetensors_files import HfTensor, read_header
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

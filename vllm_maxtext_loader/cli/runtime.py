@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from vllm_maxtext_loader.checkpoint.limits import brief
+from vllm_maxtext_loader.checkpoint.storage.retry import brief
 from vllm_maxtext_loader.errors import MaxTextLoadError
 
 if TYPE_CHECKING:

@@ -31,12 +31,12 @@ from torch import nn
 from vllm_maxtext_loader.checkpoint.reader import Box, Piece
 from vllm_maxtext_loader.checkpoint.tree import Leaf
 from vllm_maxtext_loader.conversion.convert import ScaleStore, layer_of, transform
-from vllm_maxtext_loader.conversion.gemma4 import Scope, Value
-from vllm_maxtext_loader.conversion.ops import unscale_embedding
 from vllm_maxtext_loader.conversion.plan import LeafPlan, Plan, Write
-from vllm_maxtext_loader.tpu.modules import OUTSIDE, Shapes, find_weights
+from vllm_maxtext_loader.conversion.rearrange import unscale_embedding
+from vllm_maxtext_loader.families.gemma4 import Scope, Value
 from vllm_maxtext_loader.tpu.replicated import replicate
 from vllm_maxtext_loader.tpu.shards import Shard, Starts, Weight, blocks
+from vllm_maxtext_loader.tpu.targets import OUTSIDE, Shapes, find_weights
 
 _WRITERS = min(4, len(os.sched_getaffinity(0)))
 """Threads that copy. New memory is dear where the kernel hands it out page by page: one thread would spend most of its time on that,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from vllm_maxtext_loader.conversion.gemma4 import Dims
 from vllm_maxtext_loader.errors import ConfigMismatchError
+from vllm_maxtext_loader.families.gemma4 import Dims
 
 
 def reconcile(found: Dims, wanted: Dims, where: str) -> tuple[Dims, Dims, list[str]]:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_maxtext_loader.values import ValueStatistics, count_nonfinite, statistics
+from vllm_maxtext_loader.checkpoint.statistics import ValueStatistics, count_nonfinite, statistics
 
 DTYPES = [np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32)]
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import collections
 from collections.abc import Iterable
 
-from vllm_maxtext_loader.conversion.gemma4 import Dims, LayerDims, Scope, VisionDims
 from vllm_maxtext_loader.conversion.layout import Layout, Placed
 from vllm_maxtext_loader.errors import MissingLeafError
+from vllm_maxtext_loader.families.gemma4 import Dims, LayerDims, Scope, VisionDims
 
 _Votes = dict[tuple[str, int], collections.Counter[int]]
 

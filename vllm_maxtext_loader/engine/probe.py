@@ -12,8 +12,8 @@ import subprocess
 import sys
 
 from vllm_maxtext_loader import errors
-from vllm_maxtext_loader.checkpoint.limits import TIMEOUT_VARIABLE, no_progress_seconds
-from vllm_maxtext_loader.conversion.gemma4 import Dims, LayerDims, VisionDims
+from vllm_maxtext_loader.checkpoint.storage.retry import TIMEOUT_VARIABLE, no_progress_seconds
+from vllm_maxtext_loader.families.gemma4 import Dims, LayerDims, VisionDims
 
 _MARK = "vllm-maxtext-probe "
 
@@ -47,7 +47,7 @@ def probe(source: str, step: int | None, *, trim: bool) -> Probe:
     """
     request = json.dumps({"path": source, "step": step, "trim": trim})
     # -P: Python would put the current directory first on the child's path, and run a json.py that lies there.
-    command = [sys.executable, "-P", "-m", "vllm_maxtext_loader.probe"]
+    command = [sys.executable, "-P", "-m", "vllm_maxtext_loader.engine.probe"]
     seconds = _LIMITS * no_progress_seconds()
     try:
         # Its stderr is the terminal's: warnings are for the user.

@@ -15,8 +15,7 @@ from typing import Annotated
 
 import typer
 
-from vllm_maxtext_loader.errors import printable
-from vllm_maxtext_loader.terminal import (
+from vllm_maxtext_loader.cli.runtime import (
     DIFFERENT,
     console,
     print_json,
@@ -24,6 +23,7 @@ from vllm_maxtext_loader.terminal import (
     sigterm_raises,
     tidy,
 )
+from vllm_maxtext_loader.errors import printable
 
 app = typer.Typer(
     name="vllm-maxtext",
@@ -150,7 +150,7 @@ def inspect(
       model.dims, layout and tensors are null where the model is not understood.
     """
     with tidy():
-        from vllm_maxtext_loader.inspect_checkpoint import inspect_checkpoint, read_values
+        from vllm_maxtext_loader.tools.inspect import inspect_checkpoint, read_values
 
         found = inspect_checkpoint(checkpoint, step=step, model_name=model_name)
         if values and found.plan is not None and found.error is None:
@@ -160,7 +160,7 @@ def inspect(
         if as_json:
             print_json(found.to_json())
         else:
-            from vllm_maxtext_loader.tables import show_inspection
+            from vllm_maxtext_loader.cli.render import show_inspection
 
             show_inspection(console(), found)
         if found.error is not None:
@@ -212,8 +212,8 @@ def verify(
     """
     with tidy():
         from vllm_maxtext_loader.api import open_checkpoint
-        from vllm_maxtext_loader.hf_directory import read_hf_directory
-        from vllm_maxtext_loader.verify import verify as compare
+        from vllm_maxtext_loader.huggingface.directory import read_hf_directory
+        from vllm_maxtext_loader.tools.verify import verify as compare
 
         hf = read_hf_directory(hf_dir)
         opened = open_checkpoint(checkpoint, step=step)
@@ -222,7 +222,7 @@ def verify(
         if as_json:
             print_json(report.to_json(every_row=every_row))
         else:
-            from vllm_maxtext_loader.tables import show_report
+            from vllm_maxtext_loader.cli.render import show_report
 
             show_report(console(), report, every_row=every_row)
     if not report.same:
@@ -273,9 +273,9 @@ def export(
     """
     with tidy():
         from vllm_maxtext_loader.api import open_checkpoint
-        from vllm_maxtext_loader.export import export as write
-        from vllm_maxtext_loader.export import parse_size
-        from vllm_maxtext_loader.tables import size
+        from vllm_maxtext_loader.cli.render import size
+        from vllm_maxtext_loader.tools.export import export as write
+        from vllm_maxtext_loader.tools.export import parse_size
 
         try:
             limit = parse_size(max_shard_size)
@@ -327,9 +327,9 @@ def checksum(
       70  a fault of vllm-maxtext-loader, not of the input
     """
     with tidy():
-        from vllm_maxtext_loader import checksums
         from vllm_maxtext_loader.api import open_checkpoint
         from vllm_maxtext_loader.atomic import atomic_file
+        from vllm_maxtext_loader.checkpoint import checksums
 
         target = contextlib.nullcontext(sys.stdout) if output is None else atomic_file(output)
         with sigterm_raises(), target as stream:

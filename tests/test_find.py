@@ -17,14 +17,14 @@ from support import gcs
 from support.checkpoints import FIXTURES
 from support.damage import CASE, Place, unprivileged
 from vllm_maxtext_loader import errors
-from vllm_maxtext_loader.checkpoint.location import (
+from vllm_maxtext_loader.checkpoint.find import (
     COMMIT_FILE,
     STEP_METADATA,
     TMP_MARK,
     TREE_METADATA,
     locate,
 )
-from vllm_maxtext_loader.checkpoint.storage import Location
+from vllm_maxtext_loader.checkpoint.storage.path import Location
 
 
 @pytest.fixture(params=["disk", "bucket"])

@@ -10,14 +10,14 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from vllm_maxtext_loader.checkpoint.statistics import ValueStatistics
 from vllm_maxtext_loader.checkpoint.tree import Leaf
-from vllm_maxtext_loader.conversion.gemma4 import Dims
 from vllm_maxtext_loader.conversion.layout import describe
 from vllm_maxtext_loader.errors import printable
-from vllm_maxtext_loader.hf_config import PRESETS, PUBLISHED_VOCAB
-from vllm_maxtext_loader.inspect_checkpoint import Inspection, container_of, count_chunks
-from vllm_maxtext_loader.values import ValueStatistics
-from vllm_maxtext_loader.verify import Report, Row, Status
+from vllm_maxtext_loader.families.gemma4 import Dims
+from vllm_maxtext_loader.huggingface.config import PRESETS, PUBLISHED_VOCAB
+from vllm_maxtext_loader.tools.inspect import Inspection, container_of, count_chunks
+from vllm_maxtext_loader.tools.verify import Report, Row, Status
 
 _SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 _NARROWEST_NAME = 20

@@ -25,10 +25,9 @@ import wrapt
 
 from vllm_maxtext_loader import cpu_kernels, versions
 from vllm_maxtext_loader.errors import EngineError
+from vllm_maxtext_loader.options import LOAD_FORMAT
 
 logger = logging.getLogger("vllm." + __name__)
-
-LOAD_FORMAT = "maxtext"
 
 _registered = False
 _failures: list[str] = []
@@ -104,9 +103,9 @@ def _patch_engine_args(module: ModuleType) -> None:
     def engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         if is_maxtext(self):
             check_patches()
-            from vllm_maxtext_loader import engine
+            from vllm_maxtext_loader.engine import args as engine_arguments
 
-            engine.prepare(self)
+            engine_arguments.prepare(self)
         return create_engine_config(self, *args, **kwargs)
 
     @functools.wraps(create_model_config)
@@ -114,9 +113,11 @@ def _patch_engine_args(module: ModuleType) -> None:
         if not is_maxtext(self):
             return create_model_config(self, *args, **kwargs)
         check_patches()
-        from vllm_maxtext_loader import engine
+        from vllm_maxtext_loader.engine import args as engine_arguments
 
-        return engine.make_model_config(self, functools.partial(create_model_config, self, *args, **kwargs))
+        return engine_arguments.make_model_config(
+            self, functools.partial(create_model_config, self, *args, **kwargs)
+        )
 
     engine_args.create_engine_config = engine_config
     engine_args.create_model_config = model_config
@@ -129,7 +130,7 @@ def _register_load_format(module: ModuleType) -> None:
         def __new__(cls, load_config: Any) -> Any:
             check_patches()
             try:
-                from vllm_maxtext_loader.loader import MaxTextModelLoader
+                from vllm_maxtext_loader.engine.loader import MaxTextModelLoader
             except ImportError as error:
                 raise EngineError(
                     f"--load-format maxtext: the installed vLLM lacks what this version of vllm-maxtext-loader uses "
@@ -141,7 +142,7 @@ def _register_load_format(module: ModuleType) -> None:
 
 
 def _patch_model_choice(module: ModuleType) -> None:
-    from vllm_maxtext_loader.tpu import enforce_vllm_model
+    from vllm_maxtext_loader.tpu.patches import enforce_vllm_model
 
     enforce_vllm_model(module)
 

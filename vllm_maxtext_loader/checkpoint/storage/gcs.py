@@ -20,7 +20,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
-from vllm_maxtext_loader.checkpoint.limits import (
+from vllm_maxtext_loader.checkpoint.storage.retry import (
     Backoff,
     Failure,
     RequestError,

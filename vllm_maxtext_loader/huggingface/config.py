@@ -13,8 +13,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from vllm_maxtext_loader.conversion.gemma4 import Dims, LayerDims
 from vllm_maxtext_loader.errors import ConfigMismatchError, EngineError, OptionError
+from vllm_maxtext_loader.families.gemma4 import Dims, LayerDims
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

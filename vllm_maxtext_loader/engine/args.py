@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig
     from vllm.engine.arg_utils import EngineArgs
 
-    from vllm_maxtext_loader.probe import Probe
+    from vllm_maxtext_loader.engine.probe import Probe
 
 logger = init_logger("vllm." + __name__)
 
@@ -43,8 +43,8 @@ def make_model_config(args: EngineArgs, create: Callable[[], ModelConfig]) -> Mo
     Raises:
         MaxTextLoadError: the checkpoint cannot be served; in the user's terminal, before a process is started.
     """
-    from vllm_maxtext_loader.conversion.compare import reconcile
-    from vllm_maxtext_loader.conversion.gemma4 import Dims
+    from vllm_maxtext_loader.conversion.config_check import reconcile
+    from vllm_maxtext_loader.families.gemma4 import Dims
 
     checkpoint = prepare(args)
     model_config = create()
@@ -60,7 +60,7 @@ def prepare(args: EngineArgs) -> Probe:
     """Opens the checkpoint and makes `model` a directory vLLM understands; once per EngineArgs."""
     if (done := getattr(args, _PREPARED, None)) is not None:
         return done
-    from vllm_maxtext_loader.probe import probe
+    from vllm_maxtext_loader.engine.probe import probe
 
     _check_model_impl()
     refuse_unsupported(args)
@@ -281,7 +281,7 @@ def write_config_dir(checkpoint: Probe, model_name: str | None, beside: Sequence
     """
     import vllm.envs
 
-    from vllm_maxtext_loader.hf_config import choose_preset, make_config
+    from vllm_maxtext_loader.huggingface.config import choose_preset, make_config
 
     config = make_config(checkpoint.dims, model_name, checkpoint.items)
     text = json.dumps(config.to_dict(), indent=2, sort_keys=True)

@@ -28,17 +28,17 @@ import numpy as np
 from vllm_maxtext_loader.api import Checkpoint
 from vllm_maxtext_loader.checkpoint.reader import Piece, read_pieces
 from vllm_maxtext_loader.conversion.convert import BFLOAT16, ScaleStore, cast, layer_of, transform
-from vllm_maxtext_loader.conversion.gemma4 import Value
-from vllm_maxtext_loader.conversion.ops import scale_embedding, to_float32
 from vllm_maxtext_loader.conversion.plan import Plan, Target
-from vllm_maxtext_loader.hf_directory import (
+from vllm_maxtext_loader.conversion.rearrange import scale_embedding, to_float32
+from vllm_maxtext_loader.families.gemma4 import Value
+from vllm_maxtext_loader.huggingface.directory import (
     HfDirectory,
     canonical,
     ends_in_full_attention,
     natural_order,
     read_config,
 )
-from vllm_maxtext_loader.safetensors_files import HfTensor
+from vllm_maxtext_loader.huggingface.safetensors_files import HfTensor
 
 _COARSENESS = [BFLOAT16, np.dtype(np.float16), np.dtype(np.float32)]
 _BLOCK = 4 << 20

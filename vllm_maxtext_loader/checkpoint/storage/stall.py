@@ -17,7 +17,7 @@ from typing import Any
 
 import tensorstore as ts
 
-from vllm_maxtext_loader.checkpoint.limits import no_progress_seconds, retry_warning
+from vllm_maxtext_loader.checkpoint.storage.retry import no_progress_seconds, retry_warning
 
 _STALL = "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS"
 _STALL_BYTES = "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES"

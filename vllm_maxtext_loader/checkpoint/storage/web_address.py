@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import urllib.parse
 
-from vllm_maxtext_loader.checkpoint.limits import redact
+from vllm_maxtext_loader.checkpoint.storage.retry import redact
 from vllm_maxtext_loader.errors import CheckpointNotFoundError
 
 _DOWNLOAD_HOSTS = ("storage.googleapis.com", "storage.cloud.google.com", "commondatastorage.googleapis.com")

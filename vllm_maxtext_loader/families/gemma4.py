@@ -18,7 +18,7 @@ import enum
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from vllm_maxtext_loader.conversion.ops import Rearrange
+from vllm_maxtext_loader.conversion.rearrange import Rearrange
 
 DIMENSIONS: dict[str, str] = {
     "V": "vocab_size",

@@ -20,7 +20,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 
-from vllm_maxtext_loader.checkpoint.storage import Location
+from vllm_maxtext_loader.checkpoint.storage.path import Location
 from vllm_maxtext_loader.errors import (
     CheckpointNotFoundError,
     CorruptMetadataError,

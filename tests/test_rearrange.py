@@ -6,8 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from vllm_maxtext_loader.conversion.gemma4 import DIMENSIONS, RULES, Dims
-from vllm_maxtext_loader.conversion.ops import (
+from vllm_maxtext_loader.conversion.rearrange import (
     Rearrange,
     fold_expert_scale,
     round_to,
@@ -15,7 +14,8 @@ from vllm_maxtext_loader.conversion.ops import (
     unfold_expert_scale,
     unscale_embedding,
 )
-from vllm_maxtext_loader.hf_config import PRESETS, make_config
+from vllm_maxtext_loader.families.gemma4 import DIMENSIONS, RULES, Dims
+from vllm_maxtext_loader.huggingface.config import PRESETS, make_config
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 SIZES = {name: size for size, name in enumerate(DIMENSIONS, start=2)} | {"G": 22, "F": 11, "Q": 12, "S": 2}

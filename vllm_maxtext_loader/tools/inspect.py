@@ -11,13 +11,12 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from vllm_maxtext_loader import hf_config
-from vllm_maxtext_loader.checkpoint.location import STEP_NAME, TMP_MARK, ItemLocation, locate
+from vllm_maxtext_loader.checkpoint.find import STEP_NAME, TMP_MARK, ItemLocation, locate
 from vllm_maxtext_loader.checkpoint.reader import Piece, read_pieces
-from vllm_maxtext_loader.checkpoint.storage import Location, tensorstore_context
+from vllm_maxtext_loader.checkpoint.statistics import ValueStatistics, statistics
+from vllm_maxtext_loader.checkpoint.storage.path import Location, tensorstore_context
 from vllm_maxtext_loader.checkpoint.tree import Leaf, Tree, read_tree
-from vllm_maxtext_loader.conversion.compare import refuse_sliding_end
-from vllm_maxtext_loader.conversion.gemma4 import CONTAINERS, Dims
+from vllm_maxtext_loader.conversion.config_check import refuse_sliding_end
 from vllm_maxtext_loader.conversion.layout import describe
 from vllm_maxtext_loader.conversion.plan import Plan, make_plan
 from vllm_maxtext_loader.errors import (
@@ -26,8 +25,9 @@ from vllm_maxtext_loader.errors import (
     NotACheckpointError,
     StorageError,
 )
+from vllm_maxtext_loader.families.gemma4 import CONTAINERS, Dims
+from vllm_maxtext_loader.huggingface import config as hf_config
 from vllm_maxtext_loader.options import read_budget
-from vllm_maxtext_loader.values import ValueStatistics, statistics
 
 _STEPS_CHECKED = 20
 """Newest steps of a run that are looked into; each costs a few requests."""

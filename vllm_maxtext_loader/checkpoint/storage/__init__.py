@@ -1,0 +1,1 @@
+"""Paths, buckets, retries and stalled transfers."""

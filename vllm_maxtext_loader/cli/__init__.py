@@ -1,0 +1,1 @@
+"""The command `vllm-maxtext`: arguments in, tables out."""

@@ -1,0 +1,1 @@
+"""vLLM's side: the plugin, the engine's arguments, the loader."""

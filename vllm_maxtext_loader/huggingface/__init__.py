@@ -1,0 +1,1 @@
+"""The other file format: config.json and directories of safetensors files."""
