@@ -25,23 +25,23 @@ import load
 
 from vllm_maxtext_loader import open_checkpoint
 from vllm_maxtext_loader.checkpoint.checksums import Verifier
-from vllm_maxtext_loader.checkpoint.reader import Piece, read_pieces
+from vllm_maxtext_loader.checkpoint.reader import DecodedRegion, read_regions
 
 ROUNDS = 7
-Watch = Callable[[Iterator[Piece]], Iterator[Piece]]
+StallDetector = Callable[[Iterator[DecodedRegion]], Iterator[DecodedRegion]]
 
 
 def read(checkpoint: Path, sums: Path | None) -> tuple[float, float]:
     """(seconds, CPU seconds) of reading everything."""
     opened = open_checkpoint(checkpoint)
     leaves = [entry.leaf for entry in opened.plan.leaves]
-    watch: Watch = lambda pieces: pieces  # noqa: E731
+    watch: StallDetector = lambda regions: regions  # noqa: E731
     if sums is not None:
         verifier = Verifier(sums, opened.plan.where)
         verifier.expect(leaves)
         watch = verifier.watch
     before, started = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
-    for _ in watch(read_pieces(leaves, opened.tree.arrays, opened.concurrent_bytes, opened.plan.where)):
+    for _ in watch(read_regions(leaves, opened.tree.arrays, opened.concurrent_bytes, opened.plan.where)):
         pass
     after = resource.getrusage(resource.RUSAGE_SELF)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime

@@ -4,7 +4,7 @@
 
 Makes a MaxText v2 checkpoint of 26B layer shapes and starts the real engine on that many virtual devices, with tensor
 parallelism and with expert parallelism. When loading begins, the devices are dealt out to 1, 2, 4, … hosts in order, and
-the boxes of the checkpoint that some device of a host holds a part of are counted: what `DirectPlacer.needs` lets a host
+the regions of the checkpoint that some device of a host holds a part of are counted: what `DirectPlacer.needs` lets a host
 read. Nothing is loaded.
 """
 
@@ -41,16 +41,16 @@ def count(checkpoint: str, config: str, devices: int, experts: bool) -> dict[str
     load_general_plugins()
     import jax
 
-    from vllm_maxtext_loader.checkpoint.reader import box_nbytes, boxes
-    from vllm_maxtext_loader.tpu.placement import DirectPlacer
+    from vllm_maxtext_loader.checkpoint.reader import chunk_regions, region_nbytes
+    from vllm_maxtext_loader.tpu.placement import ShardWriter
 
     shares: dict[str, list[float]] = {}
 
     class Counted(BaseException):
         """Ends the engine's start."""
 
-    def stream(placer: DirectPlacer, *_: Any, **__: Any) -> Any:
-        total = placer.plan.nbytes
+    def stream(shard_writer: ShardWriter, *_: Any, **__: Any) -> Any:
+        total = shard_writer.plan.nbytes
         hosts = 1
         while hosts <= devices:
             each = devices // hosts
@@ -58,16 +58,16 @@ def count(checkpoint: str, config: str, devices: int, experts: bool) -> dict[str
             for host in range(hosts):
                 mine = frozenset(jax.devices()[host * each : (host + 1) * each])
                 nbytes = 0
-                for entry in placer.plan.leaves:
-                    for box in boxes(entry.leaf, limit=1):
-                        if placer.needs(entry.leaf, box, mine):
-                            nbytes += box_nbytes(box, entry.leaf.dtype.itemsize)
+                for entry in shard_writer.plan.leaves:
+                    for region in chunk_regions(entry.leaf, limit=1):
+                        if shard_writer.is_local(entry.leaf, region, mine):
+                            nbytes += region_nbytes(region, entry.leaf.dtype.itemsize)
                 found.append(nbytes / total)
             shares[str(hosts)] = found
             hosts *= 2
         raise Counted
 
-    DirectPlacer.stream = stream  # type: ignore[method-assign]
+    ShardWriter.stream = stream  # type: ignore[method-assign]
     with contextlib.suppress(Counted):
         LLM(
             model=config,

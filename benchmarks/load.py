@@ -7,10 +7,10 @@ For every size it makes a checkpoint pair of real layer shapes: a MaxText v2 sca
 sharded chunks, as MaxText does, and the same weights as Hugging Face safetensors (by this package's export). Then each
 loader in turn loads into the real engine (vLLM, tpu-inference, JAX on the CPU) in a fresh process:
 
-    default    vLLM's default loader, from safetensors
-    streaming  tpu-inference's incremental loader, from safetensors
-    waist      this package through Hugging Face tensors and model.load_weights (VLLM_MAXTEXT_DIRECT=0)
-    direct     this package, chunks straight to the device
+    default       vLLM's default loader, from safetensors
+    streaming     tpu-inference's incremental loader, from safetensors
+    load_weights  this package through Hugging Face tensors and model.load_weights (VLLM_MAXTEXT_DIRECT=0)
+    direct        this package, chunks straight to the device
 
 and below them the floor: reading the files' bytes, decoding them with TensorStore alone, and decoding them with TensorStore into memory that is
 kept, as weights must be: no loader can be faster than that. With --maxtext PYTHON (of an environment
@@ -42,7 +42,7 @@ from pathlib import Path
 from typing import Any
 
 GIB = 1 << 30
-OURS = ("waist", "direct")
+OURS = ("load_weights", "direct")
 LOADERS = ("default", "streaming", *OURS)
 DEVICES_OF_THE_WRITER = 16
 """As many as MaxText's converter simulates unless told otherwise (0.2.5 checkpoint_conversion/to_maxtext.py)."""
@@ -264,7 +264,7 @@ def measure(loader: str, checkpoint: str, hf: str) -> dict[str, float]:
         VLLM_CPU_KVCACHE_SPACE="1",
         MODEL_IMPL_TYPE="vllm",
         VLLM_NO_USAGE_STATS="1",
-        VLLM_MAXTEXT_DIRECT="0" if loader == "waist" else "1",
+        VLLM_MAXTEXT_DIRECT="0" if loader == "load_weights" else "1",
     )
     arguments: dict[str, Any] = {}
     if loader == "streaming":
@@ -325,7 +325,7 @@ def decoded_chunks() -> int:
 def floor(checkpoint: str) -> dict[str, float]:
     """Reading the bytes of the checkpoint's files, and decoding them with TensorStore alone."""
     from vllm_maxtext_loader import open_checkpoint
-    from vllm_maxtext_loader.checkpoint.reader import boxes
+    from vllm_maxtext_loader.checkpoint.reader import chunk_regions
 
     started = time.perf_counter()
     for path in Path(checkpoint).rglob("*"):
@@ -339,7 +339,9 @@ def floor(checkpoint: str) -> dict[str, float]:
     arrays = opened.tree.arrays
     # Chunk by chunk, four in flight, as anyone would read with TensorStore; nothing of this package's reader.
     chunks = [
-        arrays[entry.leaf.key][box] for entry in opened.plan.leaves for box in boxes(entry.leaf, limit=1)
+        arrays[entry.leaf.key][region]
+        for entry in opened.plan.leaves
+        for region in chunk_regions(entry.leaf, limit=1)
     ]
     return {
         "raw_seconds": raw,
@@ -517,7 +519,9 @@ def main() -> None:
     parser.add_argument("--gib", type=float, nargs="+", default=[3.0], help="sizes to measure, in GiB")
     parser.add_argument("--shapes", choices=SHAPES, default="26b")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--loaders", nargs="+", choices=LOADERS, default=["default", "waist", "direct"])
+    parser.add_argument(
+        "--loaders", nargs="+", choices=LOADERS, default=["default", "load_weights", "direct"]
+    )
     parser.add_argument(
         "--directory", type=Path, help="where to put checkpoints; default: a temporary directory"
     )

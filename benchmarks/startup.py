@@ -57,7 +57,7 @@ def plan_seconds() -> tuple[float, int, int]:
     }
     tree = Tree(
         location=ItemLocation(Location("/synthetic"), Location("/synthetic/items"), step=0),
-        wrapper="Linen (MaxText train state)",
+        writer="Linen (MaxText train state)",
         leaves=leaves,
         skipped=(),
         ocdbt=True,

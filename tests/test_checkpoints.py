@@ -92,13 +92,13 @@ def test_reading_begins_before_the_first_piece_is_asked_for(twin: Callable[[str]
     weights = checkpoint.hf_weights()
     assert _decoded_chunks() == before, "tensors are read when the first is asked for"
     weights.close()
-    pieces = checkpoint.pieces()
+    regions = checkpoint.iter_regions()
     deadline = time.monotonic() + 20
     while _decoded_chunks() == before:
         assert time.monotonic() < deadline, "nothing was read"
         time.sleep(0.01)
     expected = safetensors_torch.load_file(twin("moe_v2") / "model.safetensors")
-    _equal_to_twin(dict(checkpoint.hf_weights(pieces=pieces)), expected)
+    _equal_to_twin(dict(checkpoint.hf_weights(regions=regions)), expected)
 
 
 def _decoded_chunks() -> int:
@@ -133,16 +133,16 @@ def test_every_storage_format(ocdbt: bool, zarr3: bool, tmp_path: Path, twin: Ca
 
 
 def test_chunks_are_read_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The boxes of a leaf tile it, and no box cuts a chunk that another box also needs."""
-    from vllm_maxtext_loader.checkpoint.reader import boxes
+    """The regions of a leaf tile it, and no region cuts a chunk that another region also needs."""
+    from vllm_maxtext_loader.checkpoint.reader import chunk_regions
 
     checkpoint = open_checkpoint(cases()["moe_v2"].items)
     for leaf in checkpoint.tree.leaves.values():
         for limit in (1, 1000, 10**6, 10**9):
             seen = np.zeros(leaf.shape, np.int8)
-            for box in boxes(leaf, limit):
-                seen[box] += 1
-                for part, chunk, size in zip(box, leaf.chunks, leaf.shape, strict=True):
+            for region in chunk_regions(leaf, limit):
+                seen[region] += 1
+                for part, chunk, size in zip(region, leaf.chunks, leaf.shape, strict=True):
                     assert part.start % chunk == 0
                     assert part.stop % chunk == 0 or part.stop == size
             assert np.all(seen == 1)
@@ -191,7 +191,7 @@ def test_every_wrapper(writer: str, tmp_path: Path, twin: Callable[[str], Path])
     params = read_orbax(cases()["dense_v2"].items)["params"]["params"]
     items = write_orbax(tmp_path / "3", wrap(params), item=item)
     checkpoint = open_checkpoint(items.parent)
-    assert checkpoint.tree.wrapper == title
+    assert checkpoint.tree.writer == title
     skipped = {entry.reason for entry in checkpoint.tree.skipped}
     if writer == "training":
         assert checkpoint.tree.skipped_nbytes > 2 * checkpoint.tree.nbytes

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 
 from support import gcs
 from support.checkpoints import FIXTURES
-from support.damage import biggest, flip, pieces, without_database
+from support.damage import biggest, flip, regions, without_database
 from vllm_maxtext_loader import errors, open_checkpoint
 from vllm_maxtext_loader.api import Checkpoint
 from vllm_maxtext_loader.checkpoint import checksums
-from vllm_maxtext_loader.checkpoint.reader import Piece, boxes
+from vllm_maxtext_loader.checkpoint.reader import DecodedRegion, chunk_regions
 from vllm_maxtext_loader.checkpoint.tree import Leaf
 
 RUN = FIXTURES / "moe_v2/checkpoints"
@@ -39,7 +39,7 @@ def sums(tmp_path: Path) -> Path:
 def verify(checkpoint: Checkpoint, path: Path) -> int:
     verifier = checksums.Verifier(path, checkpoint.plan.where)
     verifier.expect(checkpoint.tree.leaves.values())
-    return sum(1 for _ in verifier.watch(pieces(checkpoint)))
+    return sum(1 for _ in verifier.watch(regions(checkpoint)))
 
 
 def test_file_is_read_back(sums: Path) -> None:
@@ -70,8 +70,8 @@ def test_every_chunk_has_one_checksum(
     leaf = Leaf("k", ("k",), shape, dtype, chunks)
     array = np.random.default_rng(0).standard_normal(shape).astype(dtype)
     found: dict[int, int] = {}
-    for box in boxes(leaf, limit):
-        for index, _, value in checksums._chunks(Piece(leaf, box, array[box], last=False)):
+    for region in chunk_regions(leaf, limit):
+        for index, _, value in checksums._chunks(DecodedRegion(leaf, region, array[region], last=False)):
             assert index not in found
             found[index] = value
     grid = [range(math.ceil(size / step)) for size, step in zip(shape, chunks, strict=True)]
@@ -85,12 +85,12 @@ def test_every_chunk_has_one_checksum(
 
 
 def test_flipped_bit_is_read_without_complaint_and_found(sums: Path, tmp_path: Path) -> None:
-    reference = pieces(open_checkpoint(RUN))
+    reference = regions(open_checkpoint(RUN))
     for at in range(100, 4000, 97):
         run = shutil.copytree(RUN, tmp_path / str(at))
         flip(biggest(run / "0/items"), at)
         try:
-            found = pieces(open_checkpoint(run))
+            found = regions(open_checkpoint(run))
         except errors.ReadError:
             continue  # This one broke the compression, which is noticed anyway.
         changed = [
@@ -118,7 +118,7 @@ def test_no_extra_read_from_a_bucket(sums: Path) -> None:
     server.upload(RUN, gcs.BUCKET, "sums/")
     with gcs.environment(proxy.url):
         counts = []
-        for read in (pieces, lambda checkpoint: verify(checkpoint, sums)):
+        for read in (regions, lambda checkpoint: verify(checkpoint, sums)):
             checkpoint = open_checkpoint(f"gs://{gcs.BUCKET}/sums")
             proxy.clear()
             read(checkpoint)

@@ -74,7 +74,7 @@ def parallel(twin: Callable[[str], Path], tmp_path_factory: pytest.TempPathFacto
                 **folded,
             },
             {
-                "name": f"{key} waist",
+                "name": f"{key} load_weights",
                 "model": str(directory),
                 "arguments": ours,
                 "environment": {"VLLM_MAXTEXT_DIRECT": "0"},
@@ -110,7 +110,7 @@ def test_state_is_the_default_loaders(parallel: dict[str, Any], key: str) -> Non
         )
 
 
-@pytest.mark.parametrize("way", ["waist", "device"])
+@pytest.mark.parametrize("way", ["load_weights", "device"])
 @pytest.mark.parametrize("key", parallel_ids())
 def test_all_ways_end_in_the_same_bits(parallel: dict[str, Any], key: str, way: str) -> None:
     answer = parallel[f"{key} {way}"]

@@ -26,7 +26,7 @@ from vllm_maxtext_loader import MaxTextLoadError, open_checkpoint
 from vllm_maxtext_loader.cli.runtime import sigterm_raises
 from vllm_maxtext_loader.errors import ConfigMismatchError, HuggingFaceDirectoryError, ReadError
 from vllm_maxtext_loader.huggingface.directory import read_hf_directory
-from vllm_maxtext_loader.huggingface.safetensors_files import lay_out
+from vllm_maxtext_loader.huggingface.safetensors_files import create_file
 from vllm_maxtext_loader.tools.export import export, parse_size, split
 from vllm_maxtext_loader.tools.verify import verify
 
@@ -242,13 +242,13 @@ def test_interrupted_export_leaves_nothing(stop: Callable[..., None], kind: type
     case = cases()["moe_v2"]
     seen: list[list[str]] = []
 
-    def on_piece(piece: object) -> None:
+    def on_region(decoded: object) -> None:
         seen.append(_files(tmp_path))
         if len(seen) == 5:
             stop()
 
     with pytest.raises(kind), sigterm_raises():
-        export(open_checkpoint(case.items), tmp_path / "out", config=case.twin_config, on_piece=on_piece)
+        export(open_checkpoint(case.items), tmp_path / "out", config=case.twin_config, on_region=on_region)
     # While it ran, only a directory that nobody takes for the finished one was there.
     assert all(len(names) == 1 and names[0].startswith(".out.incomplete-") for names in seen)
     assert _files(tmp_path) == []
@@ -270,7 +270,7 @@ def test_second_signal_does_not_stop_the_clean_up(
             open_checkpoint(cases()["dense_v2"].items),
             tmp_path / "out",
             config=cases()["dense_v2"].twin_config,
-            on_piece=_interrupt,
+            on_region=_interrupt,
         )
     assert _files(tmp_path) == []
     assert signal.getsignal(number) is before
@@ -290,7 +290,7 @@ def test_half_written_directory_has_no_configuration(monkeypatch: pytest.MonkeyP
     case = cases()["dense_v2"]
     monkeypatch.setattr(export_module.shutil, "rmtree", lambda *_, **__: None)
     with pytest.raises(KeyboardInterrupt):
-        export(open_checkpoint(case.items), tmp_path / "out", config=case.twin_config, on_piece=_interrupt)
+        export(open_checkpoint(case.items), tmp_path / "out", config=case.twin_config, on_region=_interrupt)
     (left,) = tmp_path.iterdir()
     assert left.name.startswith(".out.incomplete-")
     assert _files(left) == ["model.safetensors"]
@@ -321,18 +321,18 @@ def test_full_disk_is_one_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
 
 def test_tensors_are_written_in_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Memory holds boxes, not tensors: every tensor is a piece of a mapped file from the start."""
+    """Memory holds regions, not tensors: every tensor is a region of a mapped file from the start."""
     case = cases()["moe_v2"]
     checkpoint = open_checkpoint(case.items, concurrent_gib=1e-4)
     made: list[np.ndarray] = []
     convert = export_module.convert
 
-    def watched(plan: Any, pieces: Any, *, allocate: Any, **kwargs: Any) -> Any:
+    def watched(plan: Any, regions: Any, *, allocate: Any, **kwargs: Any) -> Any:
         def noted(target: Any, dtype: np.dtype) -> np.ndarray:
             made.append(allocate(target, dtype))
             return made[-1]
 
-        return convert(plan, pieces, allocate=noted, **kwargs)
+        return convert(plan, regions, allocate=noted, **kwargs)
 
     monkeypatch.setattr(export_module, "convert", watched)
     export(checkpoint, tmp_path / "warm", config=case.twin_config)
@@ -385,7 +385,7 @@ def test_files_hold_layer_after_layer() -> None:
 def test_mixed_dtypes_are_aligned(tmp_path: Path) -> None:
     bfloat16 = export_module.BFLOAT16
     tensors = [("a", (3,), bfloat16), ("b", (2, 2), np.dtype(np.float32)), ("c", (1,), np.dtype(np.float16))]
-    mapped, places = lay_out(tmp_path / "x.safetensors", tensors)
+    mapped, places = create_file(tmp_path / "x.safetensors", tensors)
     for number, place in enumerate(places.values(), 1):
         place[...] = number
     mapped.flush()

@@ -22,7 +22,7 @@ import pytest
 
 from support import gcs
 from support.checkpoints import FIXTURES, read_orbax
-from support.damage import biggest, cut, flip, pieces, unprivileged, without_database
+from support.damage import biggest, cut, flip, regions, unprivileged, without_database
 from vllm_maxtext_loader import errors, open_checkpoint
 
 LIMIT = 2.0
@@ -76,7 +76,7 @@ def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
 
 
 def load(url: str | Path) -> int:
-    return len(pieces(open_checkpoint(url)))
+    return len(regions(open_checkpoint(url)))
 
 
 def refused(what: Callable[[], object], kind: type[Exception], *says: str) -> str:
@@ -343,7 +343,7 @@ def test_refused_connection(remote: Remote) -> None:
         refused(
             lambda: open_checkpoint(remote.url), errors.StorageError, f"cannot list {remote.url}", *network
         )
-        refused(lambda: pieces(checkpoint), errors.StorageError, "cannot read leaf params", *network)
+        refused(lambda: regions(checkpoint), errors.StorageError, "cannot read leaf params", *network)
     finally:
         remote.proxy.listen()
     assert load(remote.url) > 40
@@ -463,7 +463,7 @@ def test_chunks_that_were_never_stored_are_zero(
     text = metadata.read_text()
     metadata.write_text(text.replace('"store_array_data_equal_to_fill_value": true', '"unused": null'))
     assert metadata.read_text() != text
-    norm = next(piece for piece in pieces(open_checkpoint(run)) if piece.leaf.key == NORM)
+    norm = next(decoded for decoded in regions(open_checkpoint(run)) if decoded.leaf.key == NORM)
     assert not norm.array.any()
     assert "a chunk that was lost since cannot be told from them" in log.text
 
@@ -478,7 +478,7 @@ def test_step_deleted_while_it_is_read(remote: Remote, tmp_path: Path) -> None:
     run = shutil.copytree(FIXTURES / "moe_v2/checkpoints", tmp_path / "run")
     checkpoint = open_checkpoint(run)
     shutil.rmtree(run)
-    refused(lambda: pieces(checkpoint), errors.ReadError, str(run), *says)
+    refused(lambda: regions(checkpoint), errors.ReadError, str(run), *says)
 
 
 def test_tree_deleted_after_it_was_found(remote: Remote) -> None:

@@ -28,7 +28,7 @@ from vllm_maxtext_loader import MaxTextLoadError, errors, open_checkpoint
 from vllm_maxtext_loader.api import Checkpoint
 from vllm_maxtext_loader.checkpoint import checksums
 from vllm_maxtext_loader.checkpoint.find import locate
-from vllm_maxtext_loader.checkpoint.reader import Piece
+from vllm_maxtext_loader.checkpoint.reader import DecodedRegion
 from vllm_maxtext_loader.checkpoint.tree import Leaf, Tree
 from vllm_maxtext_loader.conversion.plan import Plan, make_plan
 from vllm_maxtext_loader.families.gemma4 import Dims
@@ -84,7 +84,7 @@ def check_plan(plan: Plan) -> None:
     assert plan.targets
     assert all(target.leaves and set(target.leaves) <= read for target in plan.targets.values())
     assert {name for name, _ in plan.dims.hf_shapes()} == plan.targets.keys()
-    assert all(write.target in plan.targets for entry in plan.leaves for write in entry.writes)
+    assert all(write.target in plan.targets for entry in plan.leaves for write in entry.copies)
     assert plan.nbytes > 0
     assert all(target.nbytes > 0 for target in plan.targets.values())
 
@@ -231,12 +231,12 @@ def test_damaged_checksum_file(tmp_path: Path) -> None:
     leaf = Leaf("a.b", ("a", "b"), (4, 6), np.dtype(np.float32), (2, 3))
     sums = {"a.b": checksums.LeafSums(leaf.shape, "float32", leaf.chunks, (1, 2, 3, 4))}
     good = json.loads(checksums.dumps(sums, "gs://bucket/run"))
-    piece = Piece(leaf, (slice(0, 4), slice(0, 6)), np.zeros((4, 6), np.float32), last=True)
+    decoded = DecodedRegion(leaf, (slice(0, 4), slice(0, 6)), np.zeros((4, 6), np.float32), last=True)
 
     def use() -> None:
         verifier = checksums.Verifier(tmp_path / "sums", "gs://bucket/run")
         verifier.expect([leaf])
-        verifier.check(piece)
+        verifier.check(decoded)
 
     @fuzz(0.05)
     @given(

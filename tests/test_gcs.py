@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 
 from support import gcs
 from support.checkpoints import FIXTURES, cases
-from support.damage import pieces, without_database
+from support.damage import regions, without_database
 from vllm_maxtext_loader import open_checkpoint
 from vllm_maxtext_loader.api import Checkpoint
 from vllm_maxtext_loader.checkpoint.storage.path import Location
@@ -62,7 +62,7 @@ def with_config(checkpoint: Checkpoint, case: str) -> Checkpoint:
 
 def test_same_tensors_and_nothing_twice(run: tuple[str, Path], proxy: gcs.Proxy) -> None:
     url, path = run
-    expected = pieces(open_checkpoint(path))
+    expected = regions(open_checkpoint(path))
     checkpoint = open_checkpoint(url)
     tree = checkpoint.tree
     opened = proxy.counts()
@@ -80,8 +80,8 @@ def test_same_tensors_and_nothing_twice(run: tuple[str, Path], proxy: gcs.Proxy)
         assert len(small) == arrays + 2
     proxy.clear()
 
-    for actual, wanted in zip(pieces(checkpoint), expected, strict=True):
-        assert (actual.leaf, actual.box) == (wanted.leaf, wanted.box)
+    for actual, wanted in zip(regions(checkpoint), expected, strict=True):
+        assert (actual.leaf, actual.region) == (wanted.leaf, wanted.region)
         np.testing.assert_array_equal(actual.array, wanted.array, err_msg=actual.leaf.key)
     assert proxy.counts().keys() == {"read"}
     chunks = sum(
@@ -108,7 +108,7 @@ def test_whole_load_as_vllm_does_it(proxy: gcs.Proxy) -> None:
 
 def test_small_read_budget_reads_nothing_twice(proxy: gcs.Proxy) -> None:
     gcs.shared()[0].upload(FIXTURES / "moe_v2/checkpoints", gcs.BUCKET, "budget/")
-    pieces(open_checkpoint(f"gs://{gcs.BUCKET}/budget", concurrent_gib=1e-6))
+    regions(open_checkpoint(f"gs://{gcs.BUCKET}/budget", concurrent_gib=1e-6))
     gcs.assert_once(proxy)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from support import gcs
 from support.checkpoints import cases
-from support.damage import pieces
+from support.damage import regions
 from vllm_maxtext_loader import open_checkpoint
 from vllm_maxtext_loader.conversion.layout import describe
 
@@ -71,4 +71,4 @@ def test_arrays_are_those_of_one_writer(written: Path) -> None:
     second = dict(several.hf_weights())
     assert first.keys() == second.keys()
     assert all(first[name].equal(second[name]) for name in first)
-    assert len(pieces(several)) >= len(several.tree.leaves)
+    assert len(regions(several)) >= len(several.tree.leaves)

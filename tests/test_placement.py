@@ -1,4 +1,4 @@
-"""The small parts of placing: memory that is used again, boxes as blocks, columns to where they belong."""
+"""The small parts of placing: memory that is used again, regions as blocks, columns to where they belong."""
 
 from __future__ import annotations
 
@@ -15,10 +15,17 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vllm_maxtext_loader.checkpoint.reader import Box, Piece, _Ring, boxes, read_pieces
+from vllm_maxtext_loader.checkpoint.reader import DecodedRegion, Region, _Ring, chunk_regions, read_regions
 from vllm_maxtext_loader.checkpoint.tree import Leaf
-from vllm_maxtext_loader.tpu.columns import Run, linear_runs
-from vllm_maxtext_loader.tpu.shards import DeviceShard, HostShard, Weight, blocks, make_shard, parts
+from vllm_maxtext_loader.tpu.columns import ColumnRange, linear_column_ranges
+from vllm_maxtext_loader.tpu.shards import (
+    DeviceShard,
+    HostShard,
+    PendingArray,
+    flattened_blocks,
+    make_shard,
+    tiles,
+)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -52,21 +59,21 @@ def test_memory_is_not_used_again_while_somebody_reads_it() -> None:
 
     values = np.arange(4096, dtype=np.float32).reshape(64, 64)
     leaf = Leaf("a", ("a",), values.shape, values.dtype, (4, 64))
-    finish = threading.Event()
+    on_complete = threading.Event()
 
-    def compare(piece: Piece) -> None:
-        finish.wait()
-        np.testing.assert_array_equal(piece.array, values[piece.box])
+    def compare(decoded: DecodedRegion) -> None:
+        on_complete.wait()
+        np.testing.assert_array_equal(decoded.array, values[decoded.region])
 
-    # A budget of four boxes: with all of them in use, the reader has to wait for the first.
+    # A budget of four regions: with all of them in use, the reader has to wait for the first.
     given = 0
     with ThreadPoolExecutor(8) as pool:
-        for piece in read_pieces([leaf], {"a": ts.array(values)}, 4 * 1024, "here"):
-            piece.users.append(pool.submit(compare, piece))
+        for decoded in read_regions([leaf], {"a": ts.array(values)}, 4 * 1024, "here"):
+            decoded.readers.append(pool.submit(compare, decoded))
             given += 1
             if given == 4:
-                threading.Timer(0.2, finish.set).start()
-            assert given <= 4 or finish.is_set()
+                threading.Timer(0.2, on_complete.set).start()
+            assert given <= 4 or on_complete.is_set()
     assert given == 16
 
 
@@ -77,10 +84,10 @@ def test_error_of_who_reads_the_memory_ends_the_reading() -> None:
     leaf = Leaf("a", ("a",), values.shape, values.dtype, (4, 64))
     failed: Future[None] = Future()
     failed.set_exception(RuntimeError("no memory on the device"))
-    pieces = read_pieces([leaf], {"a": ts.array(values)}, 4 * 1024, "here")
-    next(pieces).users.append(failed)
+    regions = read_regions([leaf], {"a": ts.array(values)}, 4 * 1024, "here")
+    next(regions).readers.append(failed)
     with pytest.raises(RuntimeError, match="no memory on the device"):
-        collections.deque(pieces, maxlen=0)
+        collections.deque(regions, maxlen=0)
 
 
 def test_boxes_that_are_not_needed_are_not_read() -> None:
@@ -90,18 +97,18 @@ def test_boxes_that_are_not_needed_are_not_read() -> None:
     leaf = Leaf("a", ("a",), (8, 6), values.dtype, (2, 3))
     arrays = {"a": ts.array(values)}
 
-    def needed(_: Leaf, box: Box) -> bool:
-        return box[0].start >= 4
+    def needed(_: Leaf, region: Region) -> bool:
+        return region[0].start >= 4
 
-    # A budget of four chunks: every chunk is a box of its own.
-    pieces = [
-        (piece.box, piece.array.copy(), piece.last)
-        for piece in read_pieces([leaf], arrays, 4 * 24, "test", needed=needed, outer={"a": (1,)})
+    # A budget of four chunks: every chunk is a region of its own.
+    regions = [
+        (decoded.region, decoded.array.copy(), decoded.last)
+        for decoded in read_regions([leaf], arrays, 4 * 24, "test", needed=needed, outer={"a": (1,)})
     ]
-    assert len(pieces) == 4
-    assert [last for *_, last in pieces] == [False, False, False, True]
-    for box, array, _ in pieces:
-        np.testing.assert_array_equal(array, values[box])
+    assert len(regions) == 4
+    assert [last for *_, last in regions] == [False, False, False, True]
+    for region, array, _ in regions:
+        np.testing.assert_array_equal(array, values[region])
 
 
 def test_outer_axes_are_contiguous() -> None:
@@ -109,20 +116,22 @@ def test_outer_axes_are_contiguous() -> None:
 
     values = np.arange(120, dtype=np.float32).reshape(4, 5, 6)
     leaf = Leaf("a", ("a",), (4, 5, 6), values.dtype, (4, 5, 6))
-    (piece,) = read_pieces([leaf], {"a": ts.array(values)}, 1 << 20, "test", outer={"a": (1,)})
-    np.testing.assert_array_equal(piece.array, values)
-    assert all(piece.array[:, layer].flags.c_contiguous for layer in range(5))
+    (decoded,) = read_regions([leaf], {"a": ts.array(values)}, 1 << 20, "test", outer={"a": (1,)})
+    np.testing.assert_array_equal(decoded.array, values)
+    assert all(decoded.array[:, layer].flags.c_contiguous for layer in range(5))
 
 
 @pytest.mark.parametrize("shape", [(6, 4, 8), (5, 1, 3), (1, 4, 2)])
-@pytest.mark.parametrize("groups", [((0,), (1, 2)), ((0, 1), (2,)), ((0,), (1,), (2,))])
-def test_blocks_are_the_flattened_array(shape: tuple[int, ...], groups: tuple[tuple[int, ...], ...]) -> None:
+@pytest.mark.parametrize("axis_groups", [((0,), (1, 2)), ((0, 1), (2,)), ((0,), (1,), (2,))])
+def test_blocks_are_the_flattened_array(
+    shape: tuple[int, ...], axis_groups: tuple[tuple[int, ...], ...]
+) -> None:
     values = np.arange(np.prod(shape)).reshape(shape)
-    flat = values.reshape([int(np.prod([shape[axis] for axis in group])) for group in groups])
+    flat = values.reshape([int(np.prod([shape[axis] for axis in group])) for group in axis_groups])
     for chunks in itertools.product(*[{1, max(1, size // 2), size} for size in shape]):
         made = np.full_like(flat, -1)
-        for box in boxes(Leaf("a", ("a",), shape, values.dtype, chunks), 1):
-            for block, starts in blocks(values[box], box, shape, groups):
+        for region in chunk_regions(Leaf("a", ("a",), shape, values.dtype, chunks), 1):
+            for block, starts in flattened_blocks(values[region], region, shape, axis_groups):
                 at = tuple(
                     slice(start, start + size) for start, size in zip(starts, block.shape, strict=True)
                 )
@@ -152,9 +161,9 @@ def test_columns_go_where_tpu_inference_puts_them(n_shards: int) -> None:
     ).weight
     # Where there is no value leaf, keys serve twice.
     outputs = (("query", (8, 4), 1), ("key", (2, 4), repeats), ("key", (2, 4), repeats))
-    runs, columns = linear_runs(outputs, tuple(sizes), n_shards)
+    column_ranges, columns = linear_column_ranges(outputs, tuple(sizes), n_shards)
     made = np.zeros((6, columns), np.float32)
-    for run in runs:
+    for run in column_ranges:
         source = {"query": query, "key": key}[run.leaf].reshape(6, -1)
         made[:, run.start : run.start + run.length] = source[:, run.source : run.source + run.length]
     np.testing.assert_array_equal(made, wanted)
@@ -164,7 +173,7 @@ def test_columns_go_where_tpu_inference_puts_them(n_shards: int) -> None:
 @pytest.mark.parametrize("size", [1, 4, 15, 10_000])
 def test_parts_cover_a_block_once(shape: tuple[int, ...], size: int) -> None:
     times, rest = np.zeros(shape, int), math.prod(shape[2:])
-    for part in parts(shape, size):
+    for part in tiles(shape, size):
         assert 0 < times[part].size <= max(size, rest)
         times[part] += 1
     assert (times == 1).all()
@@ -185,19 +194,21 @@ def test_shards_are_filled_in_place(kind: str, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("VLLM_MAXTEXT_DIRECT", kind)
     mesh = Mesh(np.array(jax.devices()[:1]), ("model",))
     values = np.random.default_rng(0).random((6, 10), np.float32)
-    weight = Weight(
+    weight = PendingArray(
         parameters=("w",),
         shape=(6, 12),
         sharding=NamedSharding(mesh, PartitionSpec(None, "model")),
-        groups={"a": ((0,), (1,))},
-        runs=[Run("a", 0, 7, 5), Run("a", 5, 1, 5)],
-        waiting={"a"},
-        finish=lambda array: None,
+        axis_groups={"a": ((0,), (1,))},
+        column_ranges=[ColumnRange("a", 0, 7, 5), ColumnRange("a", 5, 1, 5)],
+        missing_leaves={"a"},
+        on_complete=lambda array: None,
         dtype=np.dtype(np.float32),
     )
-    for box in boxes(Leaf("a", ("a",), (6, 10), values.dtype, (4, 3)), 1):
-        for device, part, starts in weight.targets("a", (box[0].start, box[1].start), values[box].shape):
-            weight.shard(device).write(values[box][part], starts)
+    for region in chunk_regions(Leaf("a", ("a",), (6, 10), values.dtype, (4, 3)), 1):
+        for device, part, starts in weight.targets(
+            "a", (region[0].start, region[1].start), values[region].shape
+        ):
+            weight.shard(device).write(values[region][part], starts)
     wanted = np.zeros((6, 12), np.float32)
     wanted[:, 7:], wanted[:, 1:6] = values[:, :5], values[:, 5:]
     np.testing.assert_array_equal(weight.array(), wanted)
@@ -208,7 +219,7 @@ def test_written_memory_may_be_used_again(kind: type[HostShard | DeviceShard]) -
     shard = kind((4, 6), np.dtype(np.float32), jax.devices()[0])
     block = np.ones((2, 6), np.float32)
     shard.write(block, (1, 0))
-    shard.settle()
+    shard.wait()
     block[:] = 7
     np.testing.assert_array_equal(np.asarray(shard.array()).sum(axis=1), [0, 6, 6, 0])
 

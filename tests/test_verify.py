@@ -358,14 +358,14 @@ def test_memory_holds_neither_side_whole(twin: Twin) -> None:
     hf = dataclasses.replace(read_hf_directory(twin("moe_v2")), config_file=None)
     checkpoint = open_checkpoint(cases()["moe_v2"].items, concurrent_gib=1e-4)
     assert verify(checkpoint, hf).same  # Whatever is imported or cached once is not what is measured.
-    pieces: list[int] = []
+    regions: list[int] = []
     tracemalloc.start()
     try:
-        assert verify(checkpoint, hf, on_piece=lambda piece: pieces.append(piece.array.nbytes)).same
+        assert verify(checkpoint, hf, on_region=lambda decoded: regions.append(decoded.array.nbytes)).same
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert sum(pieces) == checkpoint.plan.nbytes
+    assert sum(regions) == checkpoint.plan.nbytes
     assert peak < checkpoint.plan.nbytes / 5
 
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vllm_maxtext_loader.checkpoint.find import ItemLocation, locate
-from vllm_maxtext_loader.checkpoint.reader import Box, Piece, read_pieces, trailing_zero_rows
+from vllm_maxtext_loader.checkpoint.reader import DecodedRegion, Region, read_regions, trailing_zero_rows
 from vllm_maxtext_loader.checkpoint.storage.path import tensorstore_context
-from vllm_maxtext_loader.checkpoint.tree import ANCHOR, Leaf, Tree, read_tree
+from vllm_maxtext_loader.checkpoint.tree import EMBEDDING_LEAF, Leaf, Tree, read_tree
 from vllm_maxtext_loader.conversion.convert import BFLOAT16, convert
 from vllm_maxtext_loader.conversion.plan import Plan, make_plan
 from vllm_maxtext_loader.families.gemma4 import Dims
@@ -77,24 +77,24 @@ class Checkpoint:
 
         return make_config(self.trimmed_plan().dims, self.model_name, self.plan.where)
 
-    def pieces(
+    def iter_regions(
         self,
         *,
         on_wait: Callable[[float], None] | None = None,
-        needed: Callable[[Leaf, Box], bool] | None = None,
-    ) -> Iterator[Piece]:
-        """Decoded boxes of the planned leaves, in stored order. Reading begins with the call.
+        needed: Callable[[Leaf, Region], bool] | None = None,
+    ) -> Iterator[DecodedRegion]:
+        """Decoded regions of the planned leaves, in stored order. Reading begins with the call.
 
         Args:
-            on_wait: told the seconds spent waiting for each box of decoded data.
-            needed: whether a box is wanted; boxes that are not are not read. None means all are.
+            on_wait: told the seconds spent waiting for each region of decoded data.
+            needed: whether a region is wanted; regions that are not are not read. None means all are.
 
         Raises:
             ReadError: a chunk is missing, truncated or corrupt.
             StorageError: the storage refuses or does not answer.
         """
         plan = self.trimmed_plan()
-        return read_pieces(
+        return read_regions(
             [entry.leaf for entry in plan.leaves],
             self.tree.arrays,
             self.concurrent_bytes,
@@ -109,8 +109,8 @@ class Checkpoint:
         *,
         fold_expert_scales: bool = False,
         dtype: torch.dtype | None = None,
-        pieces: Iterator[Piece] | None = None,
-        on_piece: Callable[[Piece, float], None] | None = None,
+        regions: Iterator[DecodedRegion] | None = None,
+        on_region: Callable[[DecodedRegion, float], None] | None = None,
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields every tensor of the model under its Hugging Face name, streaming.
 
@@ -118,9 +118,9 @@ class Checkpoint:
             fold_expert_scales: multiply per_expert_scale into down_proj (float32, one rounding), and give
                 ones in its place.
             dtype: dtype of all tensors; None keeps the stored dtype.
-            pieces: from `pieces()`, where reading shall begin earlier or something takes boxes out of them; tensors of
-                which no box is left are not yielded. None means reading begins when the first tensor is asked for.
-            on_piece: told each box, and the seconds it took to convert.
+            regions: an iterator from `iter_regions()`, to start reading early or to filter; a tensor without any region is
+                not yielded. None means that reading begins when the first tensor is requested.
+            on_region: told each region, and the seconds it took to convert.
 
         Raises:
             ReadError: a chunk is missing, truncated or corrupt.
@@ -128,10 +128,10 @@ class Checkpoint:
         """
         for name, array in convert(
             self.trimmed_plan(),
-            self.pieces() if pieces is None else pieces,
+            self.iter_regions() if regions is None else regions,
             dtype=None if dtype is None else numpy_dtype(dtype),
             fold_expert_scales=fold_expert_scales,
-            on_piece=on_piece,
+            on_region=on_region,
         ):
             yield name, to_torch(array)
 
@@ -149,7 +149,7 @@ class Checkpoint:
         if vocab > PUBLISHED_VOCAB and match_preset(self.plan.dims):
             vocab = PUBLISHED_VOCAB
         elif vocab != PUBLISHED_VOCAB:
-            leaf = self.tree.leaves[".".join(ANCHOR)]
+            leaf = self.tree.leaves[".".join(EMBEDDING_LEAF)]
             vocab -= trailing_zero_rows(leaf, self.tree.arrays, self.plan.where)
         if vocab != self.plan.dims.vocab:
             logger.info(

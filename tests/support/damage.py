@@ -15,7 +15,7 @@ import tensorstore as ts
 from support import gcs
 from support.checkpoints import FIXTURES
 from vllm_maxtext_loader.api import Checkpoint
-from vllm_maxtext_loader.checkpoint.reader import Piece, read_pieces
+from vllm_maxtext_loader.checkpoint.reader import DecodedRegion, read_regions
 
 CASE = "moe_v2"
 """The fixture whose step stands for any other's."""
@@ -44,11 +44,11 @@ class Place:
         return Path(shutil.copytree(FIXTURES / CASE / "checkpoints/0", self.root / parent / name))
 
 
-def pieces(checkpoint: Checkpoint) -> list[Piece]:
+def regions(checkpoint: Checkpoint) -> list[DecodedRegion]:
     tree = checkpoint.tree
     return [
-        dataclasses.replace(piece, array=piece.array.copy())
-        for piece in read_pieces(
+        dataclasses.replace(decoded, array=decoded.array.copy())
+        for decoded in read_regions(
             tree.leaves.values(), tree.arrays, checkpoint.concurrent_bytes, checkpoint.plan.where
         )
     ]

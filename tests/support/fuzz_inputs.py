@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from vllm_maxtext_loader.checkpoint.tree import ANCHOR, Leaf
+from vllm_maxtext_loader.checkpoint.tree import EMBEDDING_LEAF, Leaf
 from vllm_maxtext_loader.families.gemma4 import CONTAINERS, RULES
 
 SIZES = st.one_of(st.integers(0, 9), st.sampled_from([16, 96, 160, 2816, 262_144, 2**31, 2**40, 2**62]))
@@ -32,7 +32,7 @@ PARTS = sorted(
         "scanned_blocks",
         "layers",
     }
-    | {"Gemma4DecoderLayerToLinen_1", "vision_encoder", "Gemma4VisionEncoderLayer_0", *ANCHOR}
+    | {"Gemma4DecoderLayerToLinen_1", "vision_encoder", "Gemma4VisionEncoderLayer_0", *EMBEDDING_LEAF}
 )
 PART = st.one_of(st.sampled_from(PARTS), st.text(min_size=1, max_size=6))
 

@@ -185,9 +185,9 @@ LOAD = """
 import logging, sys
 logging.basicConfig(level=logging.DEBUG)
 from vllm_maxtext_loader import open_checkpoint
-from vllm_maxtext_loader.checkpoint.reader import read_pieces
+from vllm_maxtext_loader.checkpoint.reader import read_regions
 tree = open_checkpoint(sys.argv[1]).tree
-print(len(list(read_pieces(tree.leaves.values(), tree.arrays, 1 << 28, sys.argv[1]))))
+print(len(list(read_regions(tree.leaves.values(), tree.arrays, 1 << 28, sys.argv[1]))))
 """
 
 

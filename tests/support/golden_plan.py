@@ -29,8 +29,8 @@ def plan_lines(name: str, items: Path) -> Iterator[str]:
     yield f"# {name}: {plan.layout.title}, scan axis {plan.layout.scan_axis}, {plan.layout.num_layers} layers"
     for entry in plan.leaves:
         yield f"{entry.leaf.key} {list(entry.leaf.shape)} {entry.leaf.dtype} scan axes {list(entry.stack)}"
-        for write in entry.writes:
-            yield f"  {list(write.index)} layer {write.layer} -> {write.target}"
+        for copy_op in entry.copies:
+            yield f"  {list(copy_op.index)} layer {copy_op.layer} -> {copy_op.target}"
     for target in plan.targets.values():
         yield f"{target.name} {list(target.shape)} {target.dtype} from {', '.join(target.leaves)}"
 

@@ -11,8 +11,8 @@ from typing import Any
 import tensorstore as ts
 
 from vllm_maxtext_loader.checkpoint.storage.path import Location
-from vllm_maxtext_loader.checkpoint.storage.retry import brief, storage_error
-from vllm_maxtext_loader.checkpoint.storage.stall import Watch
+from vllm_maxtext_loader.checkpoint.storage.retry import summarize, to_storage_error
+from vllm_maxtext_loader.checkpoint.storage.stall import StallDetector
 from vllm_maxtext_loader.errors import CorruptMetadataError, MaxTextLoadError, ReadError
 
 
@@ -46,13 +46,13 @@ def open_arrays(
     since = time.time()
     futures = {name: ts.open(_spec(items, name, stored, since), context=context) for name in names}
     arrays: dict[str, ts.TensorStore] = {}
-    watch = Watch(str(items))
+    watch = StallDetector(str(items))
     try:
         for name, future in futures.items():
             try:
                 arrays[name] = watch.result(future, name)
             except TimeoutError as error:
-                raise storage_error(f"cannot open leaf {name} of {items}", error) from error
+                raise to_storage_error(f"cannot open leaf {name} of {items}", error) from error
             except Exception as error:
                 raise array_error(f"cannot open leaf {name} of {items}", error, at_open=True) from error
     finally:
@@ -93,10 +93,10 @@ def array_error(what: str, error: BaseException, *, at_open: bool = False) -> Ma
     if text.partition(":")[0] in _DAMAGED or "Error decoding" in re.sub(r'"(?:[^"\\]|\\.)*"', "", text):
         kind = CorruptMetadataError if at_open else ReadError
         return kind(
-            f"{what}: {brief(text)}. The checkpoint is incomplete or damaged there, or its writer has deleted the "
+            f"{what}: {summarize(text)}. The checkpoint is incomplete or damaged there, or its writer has deleted the "
             "step meanwhile: copy it again, or choose another step."
         )
-    return storage_error(what, error)
+    return to_storage_error(what, error)
 
 
 _DAMAGED = ("NOT_FOUND", "DATA_LOSS", "OUT_OF_RANGE", "FAILED_PRECONDITION", "INVALID_ARGUMENT")

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import google_crc32c
 import numpy as np
 
-from vllm_maxtext_loader.checkpoint.reader import Piece, read_pieces
+from vllm_maxtext_loader.checkpoint.reader import DecodedRegion, read_regions
 from vllm_maxtext_loader.errors import OptionError, ReadError
 
 if TYPE_CHECKING:
@@ -47,12 +47,14 @@ class LeafSums:
     crc32c: tuple[int, ...]
 
 
-def compute(checkpoint: Checkpoint, on_piece: Callable[[Piece], None] | None = None) -> dict[str, LeafSums]:
+def compute(
+    checkpoint: Checkpoint, on_region: Callable[[DecodedRegion], None] | None = None
+) -> dict[str, LeafSums]:
     """Reads all leaves of the model once, and takes their checksums.
 
     Args:
         checkpoint: an opened checkpoint.
-        on_piece: told each box, for progress.
+        on_region: told each region, for progress.
 
     Returns:
         Checksums by leaf key.
@@ -62,13 +64,13 @@ def compute(checkpoint: Checkpoint, on_piece: Callable[[Piece], None] | None = N
     """
     leaves = list(checkpoint.tree.leaves.values())
     found = {leaf.key: [0] * math.prod(_grid(leaf)) for leaf in leaves}
-    for piece in read_pieces(
+    for decoded in read_regions(
         leaves, checkpoint.tree.arrays, checkpoint.concurrent_bytes, checkpoint.plan.where
     ):
-        for index, _, value in _chunks(piece):
-            found[piece.leaf.key][index] = value
-        if on_piece is not None:
-            on_piece(piece)
+        for index, _, value in _chunks(decoded):
+            found[decoded.leaf.key][index] = value
+        if on_region is not None:
+            on_region(decoded)
     return {
         leaf.key: LeafSums(leaf.shape, leaf.dtype.name, leaf.chunks, tuple(found[leaf.key]))
         for leaf in leaves
@@ -153,26 +155,26 @@ class Verifier:
                     f"{leaf.key} is {actual}, in the file {stated}. {_AGAIN}"
                 )
 
-    def check(self, piece: Piece) -> None:
-        """Compares every chunk of a box.
+    def check(self, decoded: DecodedRegion) -> None:
+        """Compares every chunk of a region.
 
         Raises:
             ReadError: with the leaf and the chunk that differ.
         """
-        sums = self.sums[piece.leaf.key]
-        for index, chunk, value in _chunks(piece):
+        sums = self.sums[decoded.leaf.key]
+        for index, chunk, value in _chunks(decoded):
             if value != sums.crc32c[index]:
                 raise ReadError(
-                    f"{self.where}: leaf {piece.leaf.key}, chunk {list(chunk)}: CRC-32C is {value:08x}, "
+                    f"{self.where}: leaf {decoded.leaf.key}, chunk {list(chunk)}: CRC-32C is {value:08x}, "
                     f"expected {sums.crc32c[index]:08x} ({self.path}): the data has changed since the "
                     "checksums were made. Copy the checkpoint again, or choose another step."
                 )
 
-    def watch(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
-        """Passes boxes on after comparing them."""
-        for piece in pieces:
-            self.check(piece)
-            yield piece
+    def watch(self, regions: Iterable[DecodedRegion]) -> Iterator[DecodedRegion]:
+        """Passes regions on after comparing them."""
+        for decoded in regions:
+            self.check(decoded)
+            yield decoded
 
 
 def _grid(leaf: Leaf) -> tuple[int, ...]:
@@ -180,19 +182,19 @@ def _grid(leaf: Leaf) -> tuple[int, ...]:
     return tuple(math.ceil(size / step) for size, step in zip(leaf.shape, leaf.chunks, strict=True))
 
 
-def _chunks(piece: Piece) -> Iterator[tuple[int, tuple[int, ...], int]]:
-    """(row-major index, position in the chunk grid, CRC-32C) of every chunk of a box."""
-    leaf, grid = piece.leaf, _grid(piece.leaf)
+def _chunks(decoded: DecodedRegion) -> Iterator[tuple[int, tuple[int, ...], int]]:
+    """(row-major index, position in the chunk grid, CRC-32C) of every chunk of a region."""
+    leaf, grid = decoded.leaf, _grid(decoded.leaf)
     # As integers: bfloat16 is unknown to the buffer protocol.
-    bits = piece.array.view(f"u{piece.array.dtype.itemsize}")
+    bits = decoded.array.view(f"u{decoded.array.dtype.itemsize}")
     ranges = [
         range(part.start // step, math.ceil(part.stop / step))
-        for part, step in zip(piece.box, leaf.chunks, strict=True)
+        for part, step in zip(decoded.region, leaf.chunks, strict=True)
     ]
     for chunk in itertools.product(*ranges):
         inside = tuple(
             slice(number * step - part.start, min((number + 1) * step, part.stop) - part.start)
-            for number, step, part in zip(chunk, leaf.chunks, piece.box, strict=True)
+            for number, step, part in zip(chunk, leaf.chunks, decoded.region, strict=True)
         )
         index = 0
         for number, count in zip(chunk, grid, strict=True):

@@ -1,10 +1,10 @@
 """Reads leaves in the order in which their chunks are stored, each chunk once, under a byte budget.
 
 A leaf of a scanned model holds the same weight of every layer, and a stored chunk spans all of them: reading
-layer by layer would decode every chunk once per layer. Here a leaf is cut along its chunk grid into boxes;
-several boxes are in flight at a time, never more bytes of them than the budget.
+layer by layer would decode every chunk once per layer. Here a leaf is cut along its chunk grid into regions;
+several regions are in flight at a time, never more bytes of them than the budget.
 
-TensorStore decodes into memory of ours, a ring that is used over and over: new memory for every box would cost the
+TensorStore decodes into memory of ours, a ring that is used over and over: new memory for every region would cost the
 kernel as long to hand out as the decoder needs to fill it.
 """
 
@@ -24,14 +24,14 @@ import numpy as np
 import tensorstore as ts
 
 from vllm_maxtext_loader.checkpoint.arrays import array_error
-from vllm_maxtext_loader.checkpoint.storage.retry import storage_error
-from vllm_maxtext_loader.checkpoint.storage.stall import Watch
+from vllm_maxtext_loader.checkpoint.storage.retry import to_storage_error
+from vllm_maxtext_loader.checkpoint.storage.stall import StallDetector
 from vllm_maxtext_loader.checkpoint.tree import Leaf
 
-Box = tuple[slice, ...]
+Region = tuple[slice, ...]
 
-_PIECES_IN_FLIGHT = 4
-"""Boxes the budget is divided into: some are converted or placed while the others are fetched and decoded."""
+_REGIONS_IN_FLIGHT = 4
+"""Regions the budget is divided into: some are converted or placed while the others are fetched and decoded."""
 
 _KEPT_BYTES = 64 << 20
 
@@ -40,43 +40,43 @@ _ALIGNMENT = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
-    """A decoded box of a leaf.
+class DecodedRegion:
+    """A decoded region of a leaf.
 
     Attributes:
         leaf: what it is a part of.
-        box: which part; a slice per axis, with explicit bounds.
-        array: the values, of the box's shape, any strides. The memory is used again: it holds these values until the
-            next piece is asked for, and until all `users` are done.
+        region: which part; a slice per axis, with explicit bounds.
+        array: the values, of the region's shape, any strides. The memory is used again: it holds these values until the
+            next region is asked for, and until all `readers` are done.
         last: whether this completes the leaf.
-        users: what still reads `array` when the next piece is asked for; whoever takes the piece adds them.
+        readers: futures of what still reads `array` when the next region is requested; consumers append them.
     """
 
     leaf: Leaf
-    box: Box
+    region: Region
     array: np.ndarray
     last: bool
-    users: list[Future[None]] = dataclasses.field(default_factory=list)
+    readers: list[Future[None]] = dataclasses.field(default_factory=list)
 
     @property
-    def in_use(self) -> bool:
+    def busy(self) -> bool:
         """Whether a user is not done."""
-        return any(not user.done() for user in self.users)
+        return any(not reader.done() for reader in self.readers)
 
-    def settle(self) -> None:
-        """Waits for the users; raises what one of them has raised."""
-        for user in self.users:
-            user.result()
+    def wait(self) -> None:
+        """Waits for the readers; raises what one of them has raised."""
+        for reader in self.readers:
+            reader.result()
 
 
-def boxes(leaf: Leaf, limit: int) -> list[Box]:
-    """Cuts a leaf into boxes aligned to its chunks, each of at most `limit` bytes where chunks allow it.
+def chunk_regions(leaf: Leaf, limit: int) -> list[Region]:
+    """Cuts a leaf into regions aligned to its chunks, each of at most `limit` bytes where chunks allow it.
 
-    Chunks are merged along the last axes first, so that boxes are contiguous runs in storage order.
+    Chunks are merged along the last axes first, so that regions are contiguous runs in storage order.
 
     Args:
         leaf: the array.
-        limit: bytes per box; a single chunk larger than this is still one box.
+        limit: bytes per region; a single chunk larger than this is still one region.
     """
     steps = list(leaf.chunks) if leaf.chunks else []
     for axis in reversed(range(len(leaf.shape))):
@@ -87,7 +87,7 @@ def boxes(leaf: Leaf, limit: int) -> list[Box]:
         )
         whole = math.ceil(size / steps[axis])
         multiple = max(1, min(whole, limit // max(1, inner)))
-        # As many boxes as that makes, of equal size where it divides: every other size is compiled for once more.
+        # As many regions as that makes, of equal size where it divides: every other size is compiled for once more.
         multiple = math.ceil(whole / math.ceil(whole / multiple)) if whole else 1
         steps[axis] = min(size, steps[axis] * multiple)
         if multiple < whole:
@@ -96,16 +96,16 @@ def boxes(leaf: Leaf, limit: int) -> list[Box]:
         [slice(start, min(size, start + max(1, step))) for start in range(0, size, max(1, step))]
         for size, step in zip(leaf.shape, steps, strict=True)
     ]
-    return [tuple(box) for box in itertools.product(*ranges)]
+    return [tuple(region) for region in itertools.product(*ranges)]
 
 
-def box_nbytes(box: Box, itemsize: int) -> int:
-    """Decoded size of a box in bytes."""
-    return math.prod(part.stop - part.start for part in box) * itemsize
+def region_nbytes(region: Region, itemsize: int) -> int:
+    """Decoded size of a region in bytes."""
+    return math.prod(part.stop - part.start for part in region) * itemsize
 
 
 class _Ring:
-    """Memory for boxes that are taken and given back in the same order.
+    """Memory for regions that are taken and given back in the same order.
 
     Args:
         size: bytes. Pages that were never used cost nothing.
@@ -114,27 +114,27 @@ class _Ring:
     def __init__(self, size: int) -> None:
         self._size = size
         self._memory = aligned(size)
-        self._taken: collections.deque[tuple[int, int]] = collections.deque()
+        self._in_use: collections.deque[tuple[int, int]] = collections.deque()
 
-    def take(self, size: int) -> np.ndarray | None:
+    def allocate(self, size: int) -> np.ndarray | None:
         """`size` bytes, aligned for JAX; None where they are not free. With nothing taken, any size is given."""
         size = math.ceil(size / _ALIGNMENT) * _ALIGNMENT
-        if not self._taken and size > self._size:
-            self._taken.append((0, self._size))
+        if not self._in_use and size > self._size:
+            self._in_use.append((0, self._size))
             return aligned(size)
-        first, last = (self._taken[0][0], self._taken[-1][1]) if self._taken else (0, 0)
-        wrapped = bool(self._taken) and last <= first
+        first, last = (self._in_use[0][0], self._in_use[-1][1]) if self._in_use else (0, 0)
+        wrapped = bool(self._in_use) and last <= first
         start = last
         if not wrapped and last + size > self._size:
             start, wrapped = 0, True
         if wrapped and start + size > first:
             return None
-        self._taken.append((start, start + size))
+        self._in_use.append((start, start + size))
         return self._memory[start : start + size]
 
-    def give_back(self) -> None:
+    def release(self) -> None:
         """Frees what was taken first."""
-        self._taken.popleft()
+        self._in_use.popleft()
 
 
 def aligned(size: int) -> np.ndarray:
@@ -147,127 +147,131 @@ def aligned(size: int) -> np.ndarray:
     return np.frombuffer(memory, np.uint8)[:size]
 
 
-def read_pieces(
+def read_regions(
     leaves: Iterable[Leaf],
     arrays: dict[str, ts.TensorStore],
     budget: int,
     where: str,
     *,
     outer: Mapping[str, tuple[int, ...]] | None = None,
-    needed: Callable[[Leaf, Box], bool] | None = None,
+    needed: Callable[[Leaf, Region], bool] | None = None,
     on_wait: Callable[[float], None] | None = None,
-) -> Iterator[Piece]:
-    """Every box of every leaf, in order. Reading begins with the call, and goes on ahead of what is asked for.
+) -> Iterator[DecodedRegion]:
+    """Every region of every leaf, in order. Reading begins with the call and prefetches ahead of the consumer.
 
     Args:
         leaves: what to read.
         arrays: opened arrays by leaf key.
-        budget: bytes of boxes that are in flight or in the caller's hands at a time. A box that is larger
+        budget: bytes of regions that are in flight or in the caller's hands at a time. A region that is larger
             than the budget is read alone.
         where: path, for messages.
         outer: by leaf key, axes that come first in memory. Every index along them is one run of memory.
-        needed: whether a box is wanted; those that are not are not read. None means all are.
-        on_wait: told the seconds spent waiting for each box.
+        needed: whether a region is wanted; those that are not are not read. None means all are.
+        on_wait: told the seconds spent waiting for each region.
 
     Raises:
-        ReadError: a chunk is missing, truncated or corrupt; when its piece is asked for.
+        ReadError: a chunk is missing, truncated or corrupt; when its region is asked for.
         StorageError: the storage refuses, or does not answer within the time limit; likewise.
     """
-    limit = max(1, budget // _PIECES_IN_FLIGHT)
+    limit = max(1, budget // _REGIONS_IN_FLIGHT)
     queue = (
-        (leaf, box, last)
+        (leaf, region, last)
         for leaf in leaves
-        for cut in [[box for box in boxes(leaf, limit) if needed is None or needed(leaf, box)]]
-        for box, last in zip(cut, [False] * (len(cut) - 1) + [True], strict=True)
+        for cut in [
+            [region for region in chunk_regions(leaf, limit) if needed is None or needed(leaf, region)]
+        ]
+        for region, last in zip(cut, [False] * (len(cut) - 1) + [True], strict=True)
     )
-    flight = _Flight(queue, arrays, _Ring(budget), outer or {})
-    watch = Watch(where)
-    flight.request()
-    return _arrivals(flight, watch, on_wait)
+    prefetcher = _Prefetcher(queue, arrays, _Ring(budget), outer or {})
+    watch = StallDetector(where)
+    prefetcher.request()
+    return _completed_reads(prefetcher, watch, on_wait)
 
 
-class _Flight:
-    """Boxes that have been asked for.
+class _Prefetcher:
+    """Regions that have been asked for.
 
     Args:
-        queue: what to ask for: leaf, box, whether it is the leaf's last.
+        queue: what to ask for: leaf, region, whether it is the leaf's last.
         arrays: opened arrays by leaf key.
         ring: memory they are decoded into.
-        outer: see `read_pieces`.
+        outer: see `read_regions`.
 
     Attributes:
-        pending: pieces that may still be decoded, in the order in which they were asked for.
-        given: pieces that were handed out, and whose memory is in use.
+        pending: regions that may still be decoded, in the order in which they were asked for.
+        delivered: regions that were yielded, and whose memory is in use.
     """
 
     def __init__(
         self,
-        queue: Iterator[tuple[Leaf, Box, bool]],
+        queue: Iterator[tuple[Leaf, Region, bool]],
         arrays: dict[str, ts.TensorStore],
         ring: _Ring,
         outer: Mapping[str, tuple[int, ...]],
     ) -> None:
-        self.pending: collections.deque[tuple[Piece, ts.Future]] = collections.deque()
-        self.given: collections.deque[Piece] = collections.deque()
+        self.pending: collections.deque[tuple[DecodedRegion, ts.Future]] = collections.deque()
+        self.delivered: collections.deque[DecodedRegion] = collections.deque()
         self._queue, self._arrays, self._ring, self._outer = queue, arrays, ring, outer
         self._upcoming = next(queue, None)
 
     def request(self) -> None:
-        """Asks for as many boxes as there is memory for, and for one at least; waits for users where it must."""
+        """Asks for as many regions as there is memory for, and for one at least; waits for readers where it must."""
         while self._upcoming is not None:
-            while self.given and not self.given[0].in_use:
-                self._give_back()
-            leaf, box, last = self._upcoming
-            memory = self._ring.take(box_nbytes(box, leaf.dtype.itemsize))
+            while self.delivered and not self.delivered[0].busy:
+                self._release()
+            leaf, region, last = self._upcoming
+            memory = self._ring.allocate(region_nbytes(region, leaf.dtype.itemsize))
             if memory is None and not self.pending:
-                self._give_back()
+                self._release()
                 continue
             if memory is None:
                 return
-            values = _shaped(memory, leaf, box, self._outer.get(leaf.key, ()))
+            values = _shaped(memory, leaf, region, self._outer.get(leaf.key, ()))
             destination = ts.array(values, copy=False, write=True)
-            future = destination.write(self._arrays[leaf.key][box]).commit
-            self.pending.append((Piece(leaf, box, values, last), future))
+            future = destination.write(self._arrays[leaf.key][region]).commit
+            self.pending.append((DecodedRegion(leaf, region, values, last), future))
             self._upcoming = next(self._queue, None)
 
-    def _give_back(self) -> None:
-        """Frees the memory of the piece that was given first, as soon as nobody reads it any more."""
-        self.given.popleft().settle()
-        self._ring.give_back()
+    def _release(self) -> None:
+        """Frees the memory of the region that was given first, as soon as nobody reads it any more."""
+        self.delivered.popleft().wait()
+        self._ring.release()
 
 
-def _arrivals(flight: _Flight, watch: Watch, on_wait: Callable[[float], None] | None) -> Iterator[Piece]:
-    """The pieces of a flight, each when it has been decoded."""
+def _completed_reads(
+    prefetcher: _Prefetcher, watch: StallDetector, on_wait: Callable[[float], None] | None
+) -> Iterator[DecodedRegion]:
+    """The prefetched regions, each when it has been decoded."""
     try:
-        while flight.pending:
-            piece, future = flight.pending[0]
+        while prefetcher.pending:
+            decoded, future = prefetcher.pending[0]
             started = time.perf_counter()
-            _result(watch, future, piece.leaf)
-            flight.pending.popleft()
+            _result(watch, future, decoded.leaf)
+            prefetcher.pending.popleft()
             if on_wait is not None:
                 on_wait(time.perf_counter() - started)
-            flight.given.append(piece)
-            yield piece
-            flight.request()
+            prefetcher.delivered.append(decoded)
+            yield decoded
+            prefetcher.request()
     finally:
-        # What nobody holds is given up; see open_arrays for why it is not cancelled.
-        flight.pending.clear()
+        # Dropping the futures abandons the reads; see open_arrays for why they are not cancelled.
+        prefetcher.pending.clear()
         watch.close()
 
 
-def _shaped(memory: np.ndarray, leaf: Leaf, box: Box, outer: tuple[int, ...]) -> np.ndarray:
-    """`memory` as an array of the box's shape, with the axes in `outer` varying slowest."""
-    order = [*outer, *(axis for axis in range(len(box)) if axis not in outer)]
-    lengths = [box[axis].stop - box[axis].start for axis in order]
+def _shaped(memory: np.ndarray, leaf: Leaf, region: Region, outer: tuple[int, ...]) -> np.ndarray:
+    """`memory` as an array of the region's shape, with the axes in `outer` varying slowest."""
+    order = [*outer, *(axis for axis in range(len(region)) if axis not in outer)]
+    lengths = [region[axis].stop - region[axis].start for axis in order]
     values = memory[: math.prod(lengths) * leaf.dtype.itemsize].view(leaf.dtype).reshape(lengths)
     return values.transpose(np.argsort(order)) if order else values
 
 
-def _result(watch: Watch, future: ts.Future, leaf: Leaf) -> Any:
+def _result(watch: StallDetector, future: ts.Future, leaf: Leaf) -> Any:
     try:
         return watch.result(future, leaf.key)
     except TimeoutError as error:
-        raise storage_error(f"cannot read leaf {leaf.key} of {watch.where}", error) from error
+        raise to_storage_error(f"cannot read leaf {leaf.key} of {watch.where}", error) from error
     except Exception as error:
         raise array_error(f"cannot read leaf {leaf.key} of {watch.where}", error) from error
 
@@ -285,7 +289,7 @@ def trailing_zero_rows(leaf: Leaf, arrays: dict[str, ts.TensorStore], where: str
     """
     array, zeros, stop = arrays[leaf.key], 0, leaf.shape[0]
     read: list[np.ndarray] = []
-    watch = Watch(where)
+    watch = StallDetector(where)
     try:
         while stop > 0:
             start = (stop - 1) // leaf.chunks[0] * leaf.chunks[0]

@@ -29,10 +29,10 @@ from vllm_maxtext_loader.errors import (
 
 logger = logging.getLogger("vllm." + __name__)
 
-ANCHOR = ("token_embedder", "embedding")
+EMBEDDING_LEAF = ("token_embedder", "embedding")
 """The leaf every MaxText model has; what precedes it is the writer's wrapper."""
 
-WRAPPERS: dict[tuple[str, ...], str] = {
+WRITERS: dict[tuple[str, ...], str] = {
     ("params", "params"): "Linen (MaxText train state)",
     ("params",): "Linen (bare params)",
     (): "NNX (Tunix SFT or MaxText decode)",
@@ -116,7 +116,7 @@ class Tree:
     """
 
     location: ItemLocation
-    wrapper: str
+    writer: str
     leaves: dict[str, Leaf]
     skipped: tuple[Skipped, ...]
     ocdbt: bool
@@ -146,7 +146,7 @@ def read_tree(location: ItemLocation, context: ts.Context) -> Tree:
     """
     items = location.items
     keys, stored = _parse(items)
-    prefix = _wrapper_of(keys, items)
+    prefix = _prefix_of(keys, items)
     try:
         arrays = open_arrays(items, [".".join(key) for key in keys], stored, context)
     except CorruptMetadataError as error:
@@ -194,7 +194,7 @@ def read_tree(location: ItemLocation, context: ts.Context) -> Tree:
         opened[name] = array
     return Tree(
         location=location,
-        wrapper=WRAPPERS.get(prefix, f"unnamed wrapper {'.'.join(prefix)}"),
+        writer=WRITERS.get(prefix, f"unnamed wrapper {'.'.join(prefix)}"),
         leaves=leaves,
         skipped=tuple(skipped),
         ocdbt=stored.ocdbt,
@@ -275,7 +275,7 @@ def _unmerged(items: Location) -> CorruptMetadataError | None:
     )
 
 
-def _wrapper_of(keys: Iterable[tuple[str, ...]], items: Location) -> tuple[str, ...]:
+def _prefix_of(keys: Iterable[tuple[str, ...]], items: Location) -> tuple[str, ...]:
     """The path prefix under which the model lies.
 
     Raises:
@@ -286,9 +286,9 @@ def _wrapper_of(keys: Iterable[tuple[str, ...]], items: Location) -> tuple[str, 
     for key in keys:
         top.add(key[0])
         bare = key[:-1] if key[-1] == "value" else key
-        if bare[-2:] == ANCHOR and not set(bare) & set(_NOT_WEIGHTS):
+        if bare[-2:] == EMBEDDING_LEAF and not set(bare) & set(_NOT_WEIGHTS):
             found.append(bare[:-2])
-    for prefix in WRAPPERS:
+    for prefix in WRITERS:
         if prefix in found:
             return prefix
     if len(found) == 1:
@@ -296,10 +296,10 @@ def _wrapper_of(keys: Iterable[tuple[str, ...]], items: Location) -> tuple[str, 
     if found:
         raise UnknownModelError(
             f"{items}: holds several models: {', '.join('.'.join(prefix) for prefix in found)}; expected "
-            f"one, under one of {', '.join('.'.join(prefix) or '(root)' for prefix in WRAPPERS)}."
+            f"one, under one of {', '.join('.'.join(prefix) or '(root)' for prefix in WRITERS)}."
         )
     raise UnknownModelError(
-        f"{items}: is no MaxText model: no leaf {'.'.join(ANCHOR)} under any wrapper. Top-level keys: "
+        f"{items}: is no MaxText model: no leaf {'.'.join(EMBEDDING_LEAF)} under any wrapper. Top-level keys: "
         f"{', '.join(sorted(top)[:12]) or 'none'}."
     )
 

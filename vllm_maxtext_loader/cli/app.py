@@ -18,10 +18,10 @@ import typer
 from vllm_maxtext_loader.cli.runtime import (
     DIFFERENT,
     console,
+    exit_codes,
     print_json,
     progress,
     sigterm_raises,
-    tidy,
 )
 from vllm_maxtext_loader.errors import printable
 
@@ -149,13 +149,13 @@ def inspect(
       notes                  sentences
       model.dims, layout and tensors are null where the model is not understood.
     """
-    with tidy():
+    with exit_codes():
         from vllm_maxtext_loader.tools.inspect import inspect_checkpoint, read_values
 
         found = inspect_checkpoint(checkpoint, step=step, model_name=model_name)
         if values and found.plan is not None and found.error is None:
-            with progress(found.plan.nbytes, "Reading") as on_piece:
-                read = read_values(found.plan, found.tree, on_piece)
+            with progress(found.plan.nbytes, "Reading") as on_region:
+                read = read_values(found.plan, found.tree, on_region)
             found = dataclasses.replace(found, values=read)
         if as_json:
             print_json(found.to_json())
@@ -210,15 +210,15 @@ def verify(
       Statuses: same, differs, other shape, not comparable, not in HF_DIR,
       not in checkpoint, not compared. max_abs is null where it is no number.
     """
-    with tidy():
+    with exit_codes():
         from vllm_maxtext_loader.api import open_checkpoint
         from vllm_maxtext_loader.huggingface.directory import read_hf_directory
         from vllm_maxtext_loader.tools.verify import verify as compare
 
         hf = read_hf_directory(hf_dir)
         opened = open_checkpoint(checkpoint, step=step)
-        with progress(opened.plan.nbytes, "Comparing") as on_piece:
-            report = compare(opened, hf, on_piece=on_piece)
+        with progress(opened.plan.nbytes, "Comparing") as on_region:
+            report = compare(opened, hf, on_region=on_region)
         if as_json:
             print_json(report.to_json(every_row=every_row))
         else:
@@ -271,7 +271,7 @@ def export(
        2  unusable input, or no space
       70  a fault of vllm-maxtext-loader, not of the input
     """
-    with tidy():
+    with exit_codes():
         from vllm_maxtext_loader.api import open_checkpoint
         from vllm_maxtext_loader.cli.render import size
         from vllm_maxtext_loader.tools.export import export as write
@@ -282,7 +282,7 @@ def export(
         except ValueError as error:
             raise typer.BadParameter(str(error), param_hint="--max-shard-size") from error
         opened = open_checkpoint(checkpoint, step=step, model_name=model_name)
-        with progress(opened.plan.nbytes, "Exporting") as on_piece, sigterm_raises():
+        with progress(opened.plan.nbytes, "Exporting") as on_region, sigterm_raises():
             done = write(
                 opened,
                 out_dir,
@@ -290,7 +290,7 @@ def export(
                 max_shard_bytes=limit,
                 config=config,
                 tokenizer=tokenizer,
-                on_piece=on_piece,
+                on_region=on_region,
             )
         for note in done.notes:
             typer.echo(f"note: {printable(note)}", err=True)
@@ -326,7 +326,7 @@ def checksum(
        2  unusable input, or FILE cannot be written
       70  a fault of vllm-maxtext-loader, not of the input
     """
-    with tidy():
+    with exit_codes():
         from vllm_maxtext_loader.api import open_checkpoint
         from vllm_maxtext_loader.atomic import atomic_file
         from vllm_maxtext_loader.checkpoint import checksums
@@ -334,8 +334,8 @@ def checksum(
         target = contextlib.nullcontext(sys.stdout) if output is None else atomic_file(output)
         with sigterm_raises(), target as stream:
             opened = open_checkpoint(checkpoint, step=step)
-            with progress(opened.plan.nbytes, "Reading") as on_piece:
-                sums = checksums.compute(opened, on_piece)
+            with progress(opened.plan.nbytes, "Reading") as on_region:
+                sums = checksums.compute(opened, on_region)
             stream.write(checksums.dumps(sums, str(opened.location.items)))
 
 

@@ -41,7 +41,7 @@ def show_inspection(console: Console, found: Inspection) -> None:
         fact("model", _model(found, plan.dims))
         fact("", _dims(plan.dims), "dim")
         fact("layout", describe(plan.layout))
-    fact("written by", tree.wrapper)
+    fact("written by", tree.writer)
     storage = "OCDBT" if tree.ocdbt else "a directory per array"
     fact("storage", f"{storage}, zarr {3 if tree.zarr3 else 2}, compression {found.compression}")
     dtypes = ", ".join(f"{name} {size(total)}" for name, total in found.dtypes.items())

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from vllm_maxtext_loader.checkpoint.storage.retry import brief
+from vllm_maxtext_loader.checkpoint.storage.retry import summarize
 from vllm_maxtext_loader.errors import MaxTextLoadError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from vllm_maxtext_loader.checkpoint.reader import Piece
+    from vllm_maxtext_loader.checkpoint.reader import DecodedRegion
 
 DIFFERENT, UNUSABLE, INTERNAL, INTERRUPTED, BROKEN_PIPE = 1, 2, 70, 130, 141
 """Non-zero exit codes. 70 is EX_SOFTWARE of sysexits.h; a shell reports the last two for SIGINT and SIGPIPE."""
@@ -37,7 +37,7 @@ _SHOW_PROGRESS_AFTER = 2.0
 
 
 @contextlib.contextmanager
-def tidy() -> Iterator[None]:
+def exit_codes() -> Iterator[None]:
     """Errors as one message, no traceback, and the exit code that was promised."""
     try:
         yield
@@ -62,7 +62,7 @@ def tidy() -> Iterator[None]:
             typer.echo(f"error: the output cannot be written: {error.strerror}.", err=True)
             raise typer.Exit(UNUSABLE) from error
         typer.echo(
-            f"internal error: {type(error).__name__}: {brief(str(error), 300)}. This is a fault of "
+            f"internal error: {type(error).__name__}: {summarize(str(error), 300)}. This is a fault of "
             f"vllm-maxtext-loader, not of your input. Please report it with the traceback, which "
             f"{DEBUG_VARIABLE}=1 prints.",
             err=True,
@@ -105,7 +105,7 @@ def sigterm_raises() -> Iterator[None]:
 
 
 def console() -> Console:
-    """A console on stdout; a closed pipe is an error `tidy` knows."""
+    """A console on stdout; a closed pipe is an error `exit_codes` knows."""
     from rich.console import Console
 
     class Piped(Console):
@@ -123,13 +123,13 @@ def print_json(content: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def progress(total: int, what: str) -> Iterator[Callable[[Piece], None]]:
+def progress(total: int, what: str) -> Iterator[Callable[[DecodedRegion], None]]:
     """A bar on stderr for what takes longer than two seconds; none where stderr is not a terminal."""
     from vllm_maxtext_loader.progress import byte_bar
 
     with byte_bar(total, what, delay=_SHOW_PROGRESS_AFTER, leave=False) as bar:
 
-        def on_piece(piece: Piece) -> None:
-            bar.update(piece.array.nbytes)
+        def on_region(decoded: DecodedRegion) -> None:
+            bar.update(decoded.array.nbytes)
 
-        yield on_piece
+        yield on_region

@@ -1,7 +1,7 @@
-"""Carries out a plan on the host: decoded boxes in, whole Hugging Face tensors out.
+"""Carries out a plan on the host: decoded regions in, whole Hugging Face tensors out.
 
-Every box is written straight to its place in the destination, through the view that `Rearrange` gives, so
-the host holds the tensors that are being filled and the boxes in flight, nothing else.
+Every region is written straight to its place in the destination, through the view that `Rearrange` gives, so
+the host holds the tensors that are being filled and the regions in flight, nothing else.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Iterator
 import ml_dtypes
 import numpy as np
 
-from vllm_maxtext_loader.checkpoint.reader import Box, Piece
-from vllm_maxtext_loader.conversion.plan import LeafPlan, Plan, Target, Write
+from vllm_maxtext_loader.checkpoint.reader import DecodedRegion, Region
+from vllm_maxtext_loader.conversion.plan import CopyOp, LeafConversion, Plan, TensorSpec
 from vllm_maxtext_loader.conversion.rearrange import (
     fold_expert_scale,
     round_to,
@@ -41,16 +41,18 @@ class ScaleStore:
         return self._scales[layer][part]
 
 
-def layer_of(entry: LeafPlan, write: Write, piece: Piece) -> tuple[np.ndarray, Box] | None:
-    """The part of a box that belongs to one layer, and where in that layer it lies.
+def layer_of(
+    entry: LeafConversion, copy_op: CopyOp, decoded: DecodedRegion
+) -> tuple[np.ndarray, Region] | None:
+    """The part of a region that belongs to one layer, and where in that layer it lies.
 
     Returns:
-        (values, box without the stacked axes), None where the box does not reach the layer.
+        (values, region without the stacked axes), None where the region does not reach the layer.
     """
-    where = dict(zip(entry.stack, write.index, strict=True))
+    where = dict(zip(entry.stack, copy_op.index, strict=True))
     selection: list[int | slice] = []
     rest: list[slice] = []
-    for axis, part in enumerate(piece.box):
+    for axis, part in enumerate(decoded.region):
         if axis in where:
             if not part.start <= where[axis] < part.stop:
                 return None
@@ -58,47 +60,47 @@ def layer_of(entry: LeafPlan, write: Write, piece: Piece) -> tuple[np.ndarray, B
         else:
             selection.append(slice(None))
             rest.append(part)
-    return piece.array[tuple(selection)], tuple(rest)
+    return decoded.array[tuple(selection)], tuple(rest)
 
 
 def transform(
-    entry: LeafPlan, write: Write, values: np.ndarray, box: Box, fold: bool, scales: ScaleStore
-) -> tuple[np.ndarray, Box]:
+    entry: LeafConversion, copy_op: CopyOp, values: np.ndarray, region: Region, fold: bool, scales: ScaleStore
+) -> tuple[np.ndarray, Region]:
     """What happens to the values, as the table says; moving them is left to the caller.
 
     Returns:
-        values (float32 where they were computed with, untouched otherwise) and the box they fill.
+        values (float32 where they were computed with, untouched otherwise) and the region they fill.
     """
     match entry.rule.value:
         case Value.UNSCALE_EMBEDDING:
-            rows = slice(box[0].start, min(box[0].stop, write.sizes["V"]))
+            rows = slice(region[0].start, min(region[0].stop, copy_op.sizes["V"]))
             values = values[: max(0, rows.stop - rows.start)]
-            return unscale_embedding(values, write.sizes["H"]), (rows, *box[1:])
+            return unscale_embedding(values, copy_op.sizes["H"]), (rows, *region[1:])
         case Value.EXPERT_SCALE if fold:
-            scales.put(write.layer, write.sizes["E"], box[0], values)
-            return np.ones_like(values), box
+            scales.put(copy_op.layer, copy_op.sizes["E"], region[0], values)
+            return np.ones_like(values), region
         case Value.EXPERT_OUTPUT if fold:
-            return fold_expert_scale(values, scales.get(write.layer, box[0])), box
-    return values, box
+            return fold_expert_scale(values, scales.get(copy_op.layer, region[0])), region
+    return values, region
 
 
 def convert(
     plan: Plan,
-    pieces: Iterable[Piece],
+    regions: Iterable[DecodedRegion],
     *,
     dtype: np.dtype | None = None,
     fold_expert_scales: bool = False,
-    on_piece: Callable[[Piece, float], None] | None = None,
-    allocate: Callable[[Target, np.dtype], np.ndarray] | None = None,
+    on_region: Callable[[DecodedRegion, float], None] | None = None,
+    allocate: Callable[[TensorSpec, np.dtype], np.ndarray] | None = None,
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields every tensor of the plan once.
 
     Args:
         plan: what to make.
-        pieces: the plan's leaves, read in the plan's order.
+        regions: the plan's leaves, read in the plan's order.
         dtype: dtype of all tensors; None keeps each one's stored dtype.
         fold_expert_scales: multiply per_expert_scale into down_proj and give ones for it.
-        on_piece: told each box and the seconds it took to convert.
+        on_region: told each region and the seconds it took to convert.
         allocate: gives the contiguous array a tensor is written into, of the target's shape and the given dtype;
             None takes new memory. A tensor may so go straight into a file.
     """
@@ -106,27 +108,27 @@ def convert(
     filling: dict[str, np.ndarray] = {}
     waiting = {name: set(target.leaves) for name, target in plan.targets.items()}
     scales = ScaleStore()
-    for piece in pieces:
+    for decoded in regions:
         started = time.perf_counter()
-        entry = by_key[piece.leaf.key]
-        for write in entry.writes:
-            target = plan.targets[write.target]
-            if write.target not in filling:
+        entry = by_key[decoded.leaf.key]
+        for copy_op in entry.copies:
+            target = plan.targets[copy_op.target]
+            if copy_op.target not in filling:
                 wanted = dtype or target.dtype
                 made = np.empty(target.shape, wanted) if allocate is None else allocate(target, wanted)
-                filling[write.target] = made
-            if (found := layer_of(entry, write, piece)) is None:
+                filling[copy_op.target] = made
+            if (found := layer_of(entry, copy_op, decoded)) is None:
                 continue
-            values, box = transform(entry, write, *found, fold_expert_scales, scales)
-            assign(entry.rule.move.view(filling[write.target], write.sizes)[box], values)
-        if on_piece is not None:
-            on_piece(piece, time.perf_counter() - started)
-        if not piece.last:
+            values, region = transform(entry, copy_op, *found, fold_expert_scales, scales)
+            assign(entry.rule.move.view(filling[copy_op.target], copy_op.sizes)[region], values)
+        if on_region is not None:
+            on_region(decoded, time.perf_counter() - started)
+        if not decoded.last:
             continue
-        for write in entry.writes:
-            waiting[write.target].discard(piece.leaf.key)
-            if not waiting[write.target]:
-                yield write.target, filling.pop(write.target)
+        for copy_op in entry.copies:
+            waiting[copy_op.target].discard(decoded.leaf.key)
+            if not waiting[copy_op.target]:
+                yield copy_op.target, filling.pop(copy_op.target)
 
 
 def cast(values: np.ndarray, dtype: np.dtype) -> np.ndarray:

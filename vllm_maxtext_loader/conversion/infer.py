@@ -10,7 +10,7 @@ from __future__ import annotations
 import collections
 from collections.abc import Iterable
 
-from vllm_maxtext_loader.conversion.layout import Layout, Placed
+from vllm_maxtext_loader.conversion.layout import Layout, MatchedLeaf
 from vllm_maxtext_loader.errors import MissingLeafError
 from vllm_maxtext_loader.families.gemma4 import Dims, LayerDims, Scope, VisionDims
 
@@ -95,7 +95,7 @@ def read_dims(layout: Layout, where: str) -> Dims:
     )
 
 
-def _count(placed: Iterable[Placed]) -> _Votes:
+def _count(placed: Iterable[MatchedLeaf]) -> _Votes:
     """How often each size is stated, by (axis name, layer); layer 0 for what all layers share."""
     votes: _Votes = collections.defaultdict(collections.Counter)
     for entry in placed:
@@ -132,7 +132,7 @@ def _sliding(
     return [layer not in full for layer in range(count)]
 
 
-def _vision(placed: Iterable[Placed], get, maybe) -> VisionDims | None:  # type: ignore[no-untyped-def]
+def _vision(placed: Iterable[MatchedLeaf], get, maybe) -> VisionDims | None:  # type: ignore[no-untyped-def]
     tower = [entry for entry in placed if entry.rule.scope in (Scope.VISION, Scope.VISION_LAYER)]
     if not tower:
         return None

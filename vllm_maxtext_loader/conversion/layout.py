@@ -31,7 +31,7 @@ _PER_LAYER_DIMS = frozenset("NDKM")
 
 
 @dataclasses.dataclass(frozen=True)
-class Placed:
+class MatchedLeaf:
     """A leaf whose place in the model is known.
 
     Attributes:
@@ -68,11 +68,11 @@ class Layout:
     scan_axis: int | None
     blocks: int
     num_layers: int
-    placed: tuple[Placed, ...]
+    placed: tuple[MatchedLeaf, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Raw:
+class _LeafMatch:
     leaf: Leaf
     rule: Rule
     container: Container | None
@@ -130,15 +130,15 @@ def describe(layout: Layout) -> str:
     return f"{layout.title}{axis}, {layout.num_layers} layers"
 
 
-def _match(leaves: list[Leaf], where: str) -> list[_Raw]:
+def _match(leaves: list[Leaf], where: str) -> list[_LeafMatch]:
     """Finds container and rule of every leaf."""
-    raws: list[_Raw] = []
+    raws: list[_LeafMatch] = []
     unknown: list[Leaf] = []
     rule_order = {id(rule): number for number, rule in enumerate(RULES)}
     for leaf in leaves:
         name = leaf.name
         if rule := _RULES.get((Scope.MODEL, name)):
-            raws.append(_Raw(leaf, rule, None, 0, (-1, 0, rule_order[id(rule)])))
+            raws.append(_LeafMatch(leaf, rule, None, 0, (-1, 0, rule_order[id(rule)])))
             continue
         for number, container in enumerate(CONTAINERS):
             match = re.match(container.pattern + r"\.", name)
@@ -146,7 +146,7 @@ def _match(leaves: list[Leaf], where: str) -> list[_Raw]:
                 continue
             if rule := _RULES.get((container.scope, name[match.end() :])):
                 slot = int(match.group(1)) if match.lastindex else 0
-                raws.append(_Raw(leaf, rule, container, slot, (number, slot, rule_order[id(rule)])))
+                raws.append(_LeafMatch(leaf, rule, container, slot, (number, slot, rule_order[id(rule)])))
                 break
         else:
             unknown.append(leaf)
@@ -170,11 +170,11 @@ def _match(leaves: list[Leaf], where: str) -> list[_Raw]:
     return sorted(raws, key=lambda raw: raw.order)
 
 
-def _stack_positions(raw: _Raw, axis: int) -> tuple[int, ...]:
+def _stack_positions(raw: _LeafMatch, axis: int) -> tuple[int, ...]:
     return tuple(range(axis, axis + len(raw.stack_names)))
 
 
-def _dims_of(raw: _Raw, axis: int) -> list[tuple[str, int]] | None:
+def _dims_of(raw: _LeafMatch, axis: int) -> list[tuple[str, int]] | None:
     """(name, size) of each axis of the leaf under one reading; None where the rank does not fit."""
     names = list(raw.rule.move.maxtext_axes)
     stack = raw.stack_names
@@ -195,7 +195,7 @@ def _dims_of(raw: _Raw, axis: int) -> list[tuple[str, int]] | None:
     ]
 
 
-def _contradictions(raws: list[_Raw], axis: int) -> list[str]:
+def _contradictions(raws: list[_LeafMatch], axis: int) -> list[str]:
     """What speaks against a reading: leaves that disagree with the majority about a dimension."""
     votes: dict[str, collections.Counter[int]] = collections.defaultdict(collections.Counter)
     read = [(raw, _dims_of(raw, axis)) for raw in raws]
@@ -216,7 +216,7 @@ def _contradictions(raws: list[_Raw], axis: int) -> list[str]:
     return sorted(found, key=lambda message: not message.startswith("stack"))
 
 
-def _layout(raws: list[_Raw], axis: int | None, where: str) -> Layout:
+def _layout(raws: list[_LeafMatch], axis: int | None, where: str) -> Layout:
     """Numbers the layers under one reading."""
     blocks = local = 0
     slots: set[int] = set()
@@ -261,10 +261,10 @@ def _layout(raws: list[_Raw], axis: int | None, where: str) -> Layout:
     )
 
 
-def _place(raw: _Raw, axis: int | None, blocks: int, period: int, where: str) -> Placed:
+def _place(raw: _LeafMatch, axis: int | None, blocks: int, period: int, where: str) -> MatchedLeaf:
     container = raw.container
     if container is None or container.scope is Scope.VISION:
-        return Placed(raw.leaf, raw.rule, (), np.array(0))
+        return MatchedLeaf(raw.leaf, raw.rule, (), np.array(0))
     stack = _stack_positions(raw, min(axis or 0, len(raw.rule.move.maxtext_axes)))
     # A leaf of too low a rank is reported by the plan, with the shape it should have.
     sizes = tuple(raw.leaf.shape[position] if position < len(raw.leaf.shape) else 1 for position in stack)
@@ -285,4 +285,4 @@ def _place(raw: _Raw, axis: int | None, blocks: int, period: int, where: str) ->
         layers = layers + raw.slot
     elif container.offset == "last":
         layers = layers + period - 1
-    return Placed(raw.leaf, raw.rule, stack, layers)
+    return MatchedLeaf(raw.leaf, raw.rule, stack, layers)

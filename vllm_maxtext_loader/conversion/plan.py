@@ -15,7 +15,7 @@ import numpy as np
 from vllm_maxtext_loader.checkpoint.tree import Leaf, Tree
 from vllm_maxtext_loader.conversion.config_check import reconcile
 from vllm_maxtext_loader.conversion.infer import read_dims
-from vllm_maxtext_loader.conversion.layout import Layout, Placed, describe, read_layouts
+from vllm_maxtext_loader.conversion.layout import Layout, MatchedLeaf, describe, read_layouts
 from vllm_maxtext_loader.errors import (
     LayoutError,
     MaxTextLoadError,
@@ -27,7 +27,7 @@ from vllm_maxtext_loader.families.gemma4 import DIMENSIONS, RULES, Dims, Rule, S
 
 
 @dataclasses.dataclass(frozen=True)
-class Target:
+class TensorSpec:
     """One Hugging Face tensor.
 
     Attributes:
@@ -49,7 +49,7 @@ class Target:
 
 
 @dataclasses.dataclass(frozen=True)
-class Write:
+class CopyOp:
     """One layer of a leaf, and the tensor it (or a part of it) becomes.
 
     Attributes:
@@ -66,7 +66,7 @@ class Write:
 
 
 @dataclasses.dataclass(frozen=True)
-class LeafPlan:
+class LeafConversion:
     """All that is made of one leaf.
 
     Attributes:
@@ -79,7 +79,7 @@ class LeafPlan:
     leaf: Leaf
     rule: Rule
     stack: tuple[int, ...]
-    writes: tuple[Write, ...]
+    copies: tuple[CopyOp, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +99,8 @@ class Plan:
     where: str
     layout: Layout
     dims: Dims
-    targets: Mapping[str, Target]
-    leaves: tuple[LeafPlan, ...]
+    targets: Mapping[str, TensorSpec]
+    leaves: tuple[LeafConversion, ...]
     unused: tuple[tuple[Leaf, str], ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -150,7 +150,7 @@ def _plan(layout: Layout, wanted: Dims | None, where: str) -> Plan:
     found = read_dims(layout, where)
     notes: list[str] = []
     unused: list[tuple[Leaf, str]] = []
-    placed: list[Placed] = list(layout.placed)
+    placed: list[MatchedLeaf] = list(layout.placed)
     if wanted is None:
         dims = found
     else:
@@ -163,10 +163,10 @@ def _plan(layout: Layout, wanted: Dims | None, where: str) -> Plan:
     dtypes: dict[str, np.dtype] = {}
     parts: dict[str, set[int | None]] = {}
     sources: dict[str, list[str]] = {}
-    leaves: list[LeafPlan] = []
+    leaves: list[LeafConversion] = []
     surplus: list[str] = []
     for entry in placed:
-        writes: list[Write] = []
+        copies: list[CopyOp] = []
         _check_shape(entry, dims, where)
         for index in np.ndindex(entry.layers.shape):
             layer = int(entry.layers[index])
@@ -185,8 +185,8 @@ def _plan(layout: Layout, wanted: Dims | None, where: str) -> Plan:
             # bfloat16 and float16 have no common type but float32.
             same = dtypes.get(name, entry.leaf.dtype) == entry.leaf.dtype
             dtypes[name] = entry.leaf.dtype if same else np.dtype(np.float32)
-            writes.append(Write(name, index, layer, dims.sizes(entry.rule.scope, layer)))
-        leaves.append(LeafPlan(entry.leaf, entry.rule, entry.stack, tuple(writes)))
+            copies.append(CopyOp(name, index, layer, dims.sizes(entry.rule.scope, layer)))
+        leaves.append(LeafConversion(entry.leaf, entry.rule, entry.stack, tuple(copies)))
     if surplus:
         raise UnknownLeafError(
             f"{where}: has leaves that the model has no place for: {_some(surplus)}. The configuration says that these "
@@ -199,7 +199,8 @@ def _plan(layout: Layout, wanted: Dims | None, where: str) -> Plan:
         layout=layout,
         dims=dims,
         targets={
-            name: Target(name, shape, dtypes[name], tuple(sources[name])) for name, shape in shapes.items()
+            name: TensorSpec(name, shape, dtypes[name], tuple(sources[name]))
+            for name, shape in shapes.items()
         },
         leaves=tuple(leaves),
         unused=tuple(unused),
@@ -207,7 +208,7 @@ def _plan(layout: Layout, wanted: Dims | None, where: str) -> Plan:
     )
 
 
-def _check_shape(entry: Placed, dims: Dims, where: str) -> None:
+def _check_shape(entry: MatchedLeaf, dims: Dims, where: str) -> None:
     """Refuses a leaf whose shape is not the one the dimensions demand.
 
     Raises:

@@ -21,7 +21,7 @@ import einops
 import numpy as np
 
 PART = "part"
-"""Name of the axis that numbers the pieces stored as separate leaves: 0 = gate, 1 = up."""
+"""Name of the axis that numbers the regions stored as separate leaves: 0 = gate, 1 = up."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Rearrange:
 
     Attributes:
         pattern: "MaxText axes -> Hugging Face axes", einops notation.
-        part: which piece of the Hugging Face tensor's `part` axis the leaf is; None for all of it.
+        part: which region of the Hugging Face tensor's `part` axis the leaf is; None for all of it.
         parts: length of the `part` axis.
     """
 

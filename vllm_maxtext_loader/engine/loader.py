@@ -1,6 +1,6 @@
 """`--load-format maxtext`: vLLM's model loader for MaxText checkpoints.
 
-The way of the weights: plan (metadata only; every refusal happens here) -> boxes in stored order -> Hugging Face
+The way of the weights: plan (metadata only; every refusal happens here) -> regions in stored order -> Hugging Face
 tensors -> `model.load_weights`, vLLM's own packing and sharding -> completeness check in both directions.
 """
 
@@ -32,18 +32,18 @@ if TYPE_CHECKING:
     from vllm.config.load import LoadConfig
 
     from vllm_maxtext_loader.api import Checkpoint
-    from vllm_maxtext_loader.checkpoint.reader import Piece
-    from vllm_maxtext_loader.tpu.placement import DirectPlacer
+    from vllm_maxtext_loader.checkpoint.reader import DecodedRegion
+    from vllm_maxtext_loader.tpu.placement import ShardWriter
 
 logger = init_logger("vllm." + __name__)
 
 GIB = 1 << 30
 
-Through = Callable[[Iterator["Piece"]], Iterator["Piece"]]
+RegionFilter = Callable[[Iterator["DecodedRegion"]], Iterator["DecodedRegion"]]
 
 
-def _unchanged(pieces: Iterator[Piece]) -> Iterator[Piece]:
-    return pieces
+def _unchanged(regions: Iterator[DecodedRegion]) -> Iterator[DecodedRegion]:
+    return regions
 
 
 class MaxTextModelLoader(BaseModelLoader):
@@ -83,44 +83,46 @@ class MaxTextModelLoader(BaseModelLoader):
         started = time.perf_counter()
         fold = self._fold_expert_scales(checkpoint)
         wanted = _weights_of(model)
-        watch = self._checksum_watch(checkpoint)
+        watch = self._checksum_filter(checkpoint)
         given: set[str] = set()
-        placed: set[str] = set()
-        placer: DirectPlacer | None = None
+        filled: set[str] = set()
+        shard_writer: ShardWriter | None = None
         values = NonFiniteWatch(checkpoint.plan.where)
-        meter = _Meter(checkpoint, enable_tqdm(self.load_config.use_tqdm_on_load))
+        progress = LoadProgress(checkpoint, enable_tqdm(self.load_config.use_tqdm_on_load))
 
         def on_wait(seconds: float) -> None:
             # What goes on while others write is not waited for.
-            meter.on_wait(seconds if placer is None else placer.idle(seconds))
+            progress.on_wait(seconds if shard_writer is None else shard_writer.idle(seconds))
 
         try:
             if self._places_directly(model_config):
                 from vllm_maxtext_loader.tpu import placement
 
-                # Several hosts: each reads the boxes its own devices hold a part of, and must know first which these
+                # Several hosts: each reads the regions its own devices hold a part of, and must know first which these
                 # are. One host reads while that is being found out.
-                pieces = None if placement.several_processes() else checkpoint.pieces(on_wait=on_wait)
-                placer = placement.DirectPlacer(model, checkpoint.plan, numpy_dtype(model_config.dtype), fold)
-                given, placed = placer.targets(), placer.placed
-                if pieces is None:
-                    pieces = checkpoint.pieces(on_wait=on_wait, needed=placer.needs)
-                pieces = placer.stream(values.stream(watch(pieces)), on_place=meter.on_place)
+                regions = None if placement.several_processes() else checkpoint.iter_regions(on_wait=on_wait)
+                shard_writer = placement.ShardWriter(
+                    model, checkpoint.plan, numpy_dtype(model_config.dtype), fold
+                )
+                given, filled = shard_writer.targets(), shard_writer.filled
+                if regions is None:
+                    regions = checkpoint.iter_regions(on_wait=on_wait, needed=shard_writer.is_local)
+                regions = shard_writer.stream(values.stream(watch(regions)), on_written=progress.on_written)
             else:
-                pieces = values.stream(watch(checkpoint.pieces(on_wait=on_wait)))
+                regions = values.stream(watch(checkpoint.iter_regions(on_wait=on_wait)))
             weights = checkpoint.hf_weights(
                 fold_expert_scales=fold,
                 dtype=model_config.dtype,
-                pieces=pieces,
-                on_piece=meter.on_piece,
+                regions=regions,
+                on_region=progress.on_region,
             )
-            loaded = model.load_weights(_watched(weights, given))  # type: ignore[operator]
+            loaded = model.load_weights(_record_names(weights, given))  # type: ignore[operator]
         finally:
-            meter.close()
-        _check_complete(checkpoint, wanted, set(loaded or ()) | placed, given)
-        if placer is not None:
-            placer.replicate(wanted - placed)
-        meter.report(time.perf_counter() - started)
+            progress.close()
+        _check_complete(checkpoint, wanted, set(loaded or ()) | filled, given)
+        if shard_writer is not None:
+            shard_writer.replicate(wanted - filled)
+        progress.report(time.perf_counter() - started)
         values.report()
 
     def _open(self, model_config: ModelConfig) -> Checkpoint:
@@ -141,8 +143,8 @@ class MaxTextModelLoader(BaseModelLoader):
             logger.warning("%s: %s", checkpoint.plan.where, note)
         return checkpoint
 
-    def _checksum_watch(self, checkpoint: Checkpoint) -> Through:
-        """What compares boxes with the checksum file the user gave, if any; a file of another checkpoint is refused."""
+    def _checksum_filter(self, checkpoint: Checkpoint) -> RegionFilter:
+        """What compares regions with the checksum file the user gave, if any; a file of another checkpoint is refused."""
         if self.options.checksums is None:
             return _unchanged
         from vllm_maxtext_loader.checkpoint.checksums import Verifier
@@ -211,12 +213,12 @@ class NonFiniteWatch:
         self.where = where
         self._leaves: set[str] = set()
 
-    def stream(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
+    def stream(self, regions: Iterator[DecodedRegion]) -> Iterator[DecodedRegion]:
         """Looks at up to 65,536 values of each region, in runs all over it; at all values of a small leaf."""
-        for piece in pieces:
-            if piece.leaf.name not in self._leaves and count_nonfinite(sample(piece.array, _SAMPLED)):
-                self._leaves.add(piece.leaf.name)
-            yield piece
+        for decoded in regions:
+            if decoded.leaf.name not in self._leaves and count_nonfinite(sample(decoded.array, _SAMPLED)):
+                self._leaves.add(decoded.leaf.name)
+            yield decoded
 
     def report(self) -> None:
         """One warning, where there is something to warn of."""
@@ -236,7 +238,7 @@ _SAMPLED = 1 << 16
 """Values of a decoded region that are looked at: 128 KiB of some 16 MiB or more."""
 
 
-class _Meter:
+class LoadProgress:
     """Progress bar, and where the time went."""
 
     def __init__(self, checkpoint: Checkpoint, show: bool) -> None:
@@ -246,19 +248,19 @@ class _Meter:
         self.bar = byte_bar(checkpoint.plan.nbytes, "Loading MaxText checkpoint", disable=not show)
 
     def on_wait(self, seconds: float) -> None:
-        """Counts time spent waiting for a decoded box."""
+        """Counts time spent waiting for a decoded region."""
         self.waited += seconds
 
-    def on_piece(self, piece: Piece, seconds: float) -> None:
-        """Counts a box that was converted on the host."""
+    def on_region(self, decoded: DecodedRegion, seconds: float) -> None:
+        """Counts a region that was converted on the host."""
         self.converted += seconds
-        self.on_place(piece)
+        self.on_written(decoded)
 
-    def on_place(self, piece: Piece) -> None:
-        """Counts a box that was placed on the device."""
-        self.bar.set_postfix_str(piece.leaf.name[-40:], refresh=False)
-        self.bar.update(piece.array.nbytes)
-        self.read += piece.array.nbytes
+    def on_written(self, decoded: DecodedRegion) -> None:
+        """Counts a region that was placed on the device."""
+        self.bar.set_postfix_str(decoded.leaf.name[-40:], refresh=False)
+        self.bar.update(decoded.array.nbytes)
+        self.read += decoded.array.nbytes
 
     def close(self) -> None:
         """Leaves the terminal in order, whatever happened."""
@@ -282,7 +284,7 @@ class _Meter:
             tree.location.items,
             step,
             describe(plan.layout),
-            tree.wrapper,
+            tree.writer,
             len(plan.leaves),
             len(plan.targets),
             _gib(plan.nbytes),
@@ -305,7 +307,7 @@ def _reasons(checkpoint: Checkpoint) -> str:
     return ", ".join(dict.fromkeys(entry.reason for entry in checkpoint.tree.skipped))
 
 
-def _watched(
+def _record_names(
     weights: Iterator[tuple[str, torch.Tensor]], given: set[str]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     for name, tensor in weights:

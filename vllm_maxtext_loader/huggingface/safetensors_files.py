@@ -76,7 +76,7 @@ def read_header(file: Path) -> list[HfTensor]:
         raise HuggingFaceDirectoryError(
             f"{file}: is truncated or not a safetensors file ({type(error).__name__}: {error})."
         ) from error
-    # The library does not say where a tensor's bytes lie, and its slices are copies. One box of a scanned leaf touches
+    # The library does not say where a tensor's bytes lie, and its slices are copies. One region of a scanned leaf touches
     # the tensors of all layers: only a mapping of the file keeps memory bounded.
     return [
         HfTensor(name, file, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
@@ -85,12 +85,12 @@ def read_header(file: Path) -> list[HfTensor]:
     ]
 
 
-def lay_out(
+def create_file(
     file: Path, tensors: Iterable[tuple[str, tuple[int, ...], np.dtype]]
 ) -> tuple[np.memmap, dict[str, np.ndarray]]:
     """Makes a file at full size, with its header and without its data.
 
-    The safetensors library writes whole tensors only. The boxes of a scanned leaf fill the tensors of all layers bit by
+    The safetensors library writes whole tensors only. The regions of a scanned leaf fill the tensors of all layers bit by
     bit, so the file has to exist before any tensor is complete.
 
     Args:

@@ -1,8 +1,8 @@
 """A MaxText checkpoint as a Hugging Face directory: safetensors shards, index, config.json.
 
 The plan knows every tensor's name, shape and dtype before a byte is read. So the files are laid out first, at
-full size, and mapped into memory; each box that is read is then written straight to its place. However many
-layers one leaf stacks, memory holds the boxes in flight, and pages the kernel writes back as it likes.
+full size, and mapped into memory; each region that is read is then written straight to its place. However many
+layers one leaf stacks, memory holds the regions in flight, and pages the kernel writes back as it likes.
 
 All of it happens in a directory beside OUT_DIR, which gets its name by one rename when everything is on disk.
 """
@@ -25,9 +25,9 @@ from huggingface_hub import split_state_dict_into_shards_factory
 
 from vllm_maxtext_loader.api import Checkpoint
 from vllm_maxtext_loader.atomic import sync, temporary_name, uninterrupted
-from vllm_maxtext_loader.checkpoint.reader import Piece, read_pieces
+from vllm_maxtext_loader.checkpoint.reader import DecodedRegion, read_regions
 from vllm_maxtext_loader.conversion.convert import BFLOAT16, convert
-from vllm_maxtext_loader.conversion.plan import Plan, Target
+from vllm_maxtext_loader.conversion.plan import Plan, TensorSpec
 from vllm_maxtext_loader.errors import (
     ConfigMismatchError,
     HuggingFaceDirectoryError,
@@ -42,7 +42,7 @@ from vllm_maxtext_loader.huggingface.directory import (
     read_config,
     read_json,
 )
-from vllm_maxtext_loader.huggingface.safetensors_files import lay_out
+from vllm_maxtext_loader.huggingface.safetensors_files import create_file
 
 DTYPES: dict[str, np.dtype | None] = {
     "stored": None,
@@ -73,7 +73,7 @@ _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclasses.dataclass(frozen=True)
-class Exported:
+class ExportResult:
     """What was written.
 
     Attributes:
@@ -99,8 +99,8 @@ def export(
     max_shard_bytes: int = 5 * 10**9,
     config: str | os.PathLike[str] | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
-    on_piece: Callable[[Piece], None] | None = None,
-) -> Exported:
+    on_region: Callable[[DecodedRegion], None] | None = None,
+) -> ExportResult:
     """Writes a directory that transformers and vLLM load.
 
     Args:
@@ -111,7 +111,7 @@ def export(
         config: Hugging Face directory or config.json of the model; None means read off the shapes (and the
             checkpoint's `model_name`).
         tokenizer: local directory whose tokenizer and processor files are copied.
-        on_piece: told each box that has been written.
+        on_region: told each region that has been written.
 
     Raises:
         HuggingFaceDirectoryError: `out` is in the way, the disk is full, `config` or `tokenizer` is unusable.
@@ -124,8 +124,8 @@ def export(
     plan = checkpoint.trimmed_plan()
     wanted = DTYPES[dtype]
     set_dtype(settings, _main_dtype(plan, wanted))
-    with _directory_beside(target_dir) as directory:
-        shards = _write_weights(checkpoint, plan, directory, wanted, max_shard_bytes, on_piece)
+    with _temporary_directory(target_dir) as directory:
+        shards = _write_weights(checkpoint, plan, directory, wanted, max_shard_bytes, on_region)
         for source in copied:
             shutil.copyfile(source, directory / source.name)
         if generation:
@@ -138,7 +138,7 @@ def export(
         os.rename(directory, target_dir)
         sync(target_dir.parent)
     nbytes = sum(_nbytes(target, wanted) for target in plan.targets.values())
-    return Exported(target_dir, len(plan.targets), nbytes, shards, tuple(notes))
+    return ExportResult(target_dir, len(plan.targets), nbytes, shards, tuple(notes))
 
 
 def parse_size(text: str) -> int:
@@ -251,11 +251,11 @@ def _main_dtype(plan: Plan, wanted: np.dtype | None) -> str:
     return sizes.most_common(1)[0][0]
 
 
-def _nbytes(target: Target, wanted: np.dtype | None) -> int:
+def _nbytes(target: TensorSpec, wanted: np.dtype | None) -> int:
     return target.nbytes // target.dtype.itemsize * (wanted or target.dtype).itemsize
 
 
-def split(plan: Plan, wanted: np.dtype | None, limit: int) -> dict[str, list[Target]]:
+def split(plan: Plan, wanted: np.dtype | None, limit: int) -> dict[str, list[TensorSpec]]:
     """Which tensors go into which file, by file name, layer by layer.
 
     Args:
@@ -279,19 +279,19 @@ def _write_weights(
     directory: Path,
     wanted: np.dtype | None,
     limit: int,
-    on_piece: Callable[[Piece], None] | None,
+    on_region: Callable[[DecodedRegion], None] | None,
 ) -> int:
     """Writes all shards, and the index where there are several; returns their number."""
     files = split(plan, wanted, limit)
     places: dict[str, np.ndarray] = {}
     maps: list[np.memmap] = []
     for name, targets in files.items():
-        mapped, inside = lay_out(
+        mapped, inside = create_file(
             directory / name, [(target.name, target.shape, wanted or target.dtype) for target in targets]
         )
         maps.append(mapped)
         places |= inside
-    pieces = read_pieces(
+    regions = read_regions(
         [entry.leaf for entry in plan.leaves], checkpoint.tree.arrays, checkpoint.concurrent_bytes, plan.where
     )
     done: set[str] = set()
@@ -300,9 +300,9 @@ def _write_weights(
         with np.errstate(over="raise"):
             for name, _ in convert(
                 plan,
-                pieces,
+                regions,
                 dtype=wanted,
-                on_piece=None if on_piece is None else lambda piece, _: on_piece(piece),
+                on_region=None if on_region is None else lambda decoded, _: on_region(decoded),
                 allocate=lambda target, _: places.pop(target.name),
             ):
                 done.add(name)
@@ -324,7 +324,7 @@ def _write_weights(
 
 
 @contextlib.contextmanager
-def _directory_beside(target: Path) -> Iterator[Path]:
+def _temporary_directory(target: Path) -> Iterator[Path]:
     """A temporary sibling, removed unless it was renamed: after an error, Ctrl-C, a signal that raises."""
     directory = temporary_name(target)
     try:

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from vllm_maxtext_loader.checkpoint.find import STEP_NAME, TMP_MARK, ItemLocation, locate
-from vllm_maxtext_loader.checkpoint.reader import Piece, read_pieces
+from vllm_maxtext_loader.checkpoint.reader import DecodedRegion, read_regions
 from vllm_maxtext_loader.checkpoint.statistics import ValueStatistics, statistics
 from vllm_maxtext_loader.checkpoint.storage.path import Location, tensorstore_context
 from vllm_maxtext_loader.checkpoint.tree import Leaf, Tree, read_tree
@@ -139,7 +139,7 @@ class Inspection:
                 "blocks": plan.layout.blocks,
                 "layers": plan.layout.num_layers,
             },
-            "wrapper": tree.wrapper,
+            "wrapper": tree.writer,
             "storage": {"ocdbt": tree.ocdbt, "zarr": 3 if tree.zarr3 else 2, "compression": self.compression},
             "dtypes": self.dtypes,
             "bytes": tree.nbytes,
@@ -199,14 +199,14 @@ def inspect_checkpoint(
 
 
 def read_values(
-    plan: Plan, tree: Tree, on_piece: Callable[[Piece], None] | None = None
+    plan: Plan, tree: Tree, on_region: Callable[[DecodedRegion], None] | None = None
 ) -> dict[str, ValueStatistics]:
     """Reads every leaf that a load reads, once, and takes statistics of its values.
 
     Args:
         plan: what a load makes of the checkpoint.
         tree: the checkpoint's leaves and opened arrays.
-        on_piece: called with each box that was counted, for progress.
+        on_region: called with each region that was counted, for progress.
 
     Returns:
         Statistics by leaf key.
@@ -218,10 +218,10 @@ def read_values(
     chunk = max((leaf.chunk_nbytes for leaf in leaves), default=0)
     budget = read_budget(None, plan.nbytes, chunk, len(os.sched_getaffinity(0)))
     found = {leaf.key: ValueStatistics() for leaf in leaves}
-    for piece in read_pieces(leaves, tree.arrays, budget, plan.where):
-        found[piece.leaf.key] += statistics(piece.array)
-        if on_piece is not None:
-            on_piece(piece)
+    for decoded in read_regions(leaves, tree.arrays, budget, plan.where):
+        found[decoded.leaf.key] += statistics(decoded.array)
+        if on_region is not None:
+            on_region(decoded)
     return found
 
 

@@ -1,6 +1,6 @@
 """Is a MaxText checkpoint the same model as a Hugging Face directory? Tensor by tensor, in bounded memory.
 
-Every box that is read is compared with its place in the memory-mapped Hugging Face tensor, through the view a
+Every region that is read is compared with its place in the memory-mapped Hugging Face tensor, through the view a
 conversion would write it through: neither side is ever held whole, however many layers one leaf stacks.
 
 What counts as the same:
@@ -26,9 +26,9 @@ from typing import Any
 import numpy as np
 
 from vllm_maxtext_loader.api import Checkpoint
-from vllm_maxtext_loader.checkpoint.reader import Piece, read_pieces
+from vllm_maxtext_loader.checkpoint.reader import DecodedRegion, read_regions
 from vllm_maxtext_loader.conversion.convert import BFLOAT16, ScaleStore, cast, layer_of, transform
-from vllm_maxtext_loader.conversion.plan import Plan, Target
+from vllm_maxtext_loader.conversion.plan import Plan, TensorSpec
 from vllm_maxtext_loader.conversion.rearrange import scale_embedding, to_float32
 from vllm_maxtext_loader.families.gemma4 import Value
 from vllm_maxtext_loader.huggingface.directory import (
@@ -150,14 +150,14 @@ class Report:
 
 
 def verify(
-    checkpoint: Checkpoint, hf: HfDirectory, *, on_piece: Callable[[Piece], None] | None = None
+    checkpoint: Checkpoint, hf: HfDirectory, *, on_region: Callable[[DecodedRegion], None] | None = None
 ) -> Report:
     """Compares a checkpoint with a Hugging Face directory.
 
     Args:
         checkpoint: opened checkpoint. Where the directory has a config.json, that decides what is padding.
         hf: opened directory.
-        on_piece: told each box that has been compared.
+        on_region: told each region that has been compared.
 
     Raises:
         ConfigMismatchError: the directory's config.json contradicts the checkpoint's shapes.
@@ -185,7 +185,7 @@ def verify(
         elif row.status is Status.SAME:
             assert tensor is not None
             pairs[target.name] = row, tensor.array()
-    _compare(checkpoint, plan, pairs, on_piece)
+    _compare(checkpoint, plan, pairs, on_region)
     for name, tensor in hf.tensors.items():
         if name not in rows:
             rows[name] = _only_in_hf(name, tensor, hf.tensors, plan)
@@ -197,7 +197,7 @@ def verify(
     return Report(plan.where, str(hf.path), tuple(ordered), (*notes, *plan.notes, *_notes(ordered)))
 
 
-def _pair(target: Target, tensor: HfTensor | None) -> Row:
+def _pair(target: TensorSpec, tensor: HfTensor | None) -> Row:
     """A row before any value was compared: SAME where the values can be."""
     ours = target.dtype.name
     if tensor is None:
@@ -218,30 +218,32 @@ def _compare(
     checkpoint: Checkpoint,
     plan: Plan,
     pairs: Mapping[str, tuple[Row, np.ndarray]],
-    on_piece: Callable[[Piece], None] | None,
+    on_region: Callable[[DecodedRegion], None] | None,
 ) -> None:
     """Reads the leaves and fills in the rows."""
     entries = {
-        entry.leaf.key: entry for entry in plan.leaves if any(write.target in pairs for write in entry.writes)
+        entry.leaf.key: entry
+        for entry in plan.leaves
+        if any(copy_op.target in pairs for copy_op in entry.copies)
     }
     leaves = [entry.leaf for entry in entries.values()]
-    for piece in read_pieces(leaves, checkpoint.tree.arrays, checkpoint.concurrent_bytes, plan.where):
-        entry = entries[piece.leaf.key]
-        for write in entry.writes:
-            if write.target not in pairs or (found := layer_of(entry, write, piece)) is None:
+    for decoded in read_regions(leaves, checkpoint.tree.arrays, checkpoint.concurrent_bytes, plan.where):
+        entry = entries[decoded.leaf.key]
+        for copy_op in entry.copies:
+            if copy_op.target not in pairs or (found := layer_of(entry, copy_op, decoded)) is None:
                 continue
-            row, theirs = pairs[write.target]
-            stored, box = found
-            ours, box = transform(entry, write, stored, box, False, ScaleStore())
-            there = entry.rule.move.view(theirs, write.sizes)[box]
-            hidden = write.sizes["H"] if entry.rule.value is Value.UNSCALE_EMBEDDING else None
+            row, theirs = pairs[copy_op.target]
+            stored, region = found
+            ours, region = transform(entry, copy_op, stored, region, False, ScaleStore())
+            there = entry.rule.move.view(theirs, copy_op.sizes)[region]
+            hidden = copy_op.sizes["H"] if entry.rule.value is Value.UNSCALE_EMBEDDING else None
             stored = stored[: len(ours)]  # `transform` drops padded rows of the vocabulary.
             for block in _blocks(there.shape):
                 _add(row, ours[block], there[block], None if hidden is None else (stored[block], hidden))
-        if on_piece is not None:
-            on_piece(piece)
+        if on_region is not None:
+            on_region(decoded)
     for row, theirs in pairs.values():
-        # No box is lost, by design; but a row that says "same" must have seen all of them.
+        # No region is lost, by design; but a row that says "same" must have seen all of them.
         if row.values != theirs.size:
             raise AssertionError(f"{row.name}: compared {row.values} of {theirs.size} values")
 

@@ -17,7 +17,7 @@ import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class ColumnRange:
     """Neighbouring columns of a leaf that are neighbours in the final array, too.
 
     Attributes:
@@ -33,22 +33,24 @@ class Run:
     length: int
 
 
-def _runs(columns: np.ndarray, names: Sequence[str], numbers: dict[str, np.ndarray]) -> list[Run]:
-    """Runs of a final array's columns.
+def _column_ranges(
+    columns: np.ndarray, names: Sequence[str], numbers: dict[str, np.ndarray]
+) -> list[ColumnRange]:
+    """Ranges of a final array's columns.
 
     Args:
         columns: number of the column that each of them was; 0 for padding.
         names: leaves.
         numbers: the numbers that a leaf's columns were given.
     """
-    runs = []
+    ranges = []
     for leaf in names:
         first, last = int(numbers[leaf].min()), int(numbers[leaf].max())
         (positions,) = np.nonzero((columns >= first) & (columns <= last))
         breaks = np.nonzero((np.diff(positions) != 1) | (np.diff(columns[positions]) != 1))[0] + 1
         for run in np.split(positions, breaks):
-            runs.append(Run(leaf, int(columns[run[0]]) - first, int(run[0]), len(run)))
-    return runs
+            ranges.append(ColumnRange(leaf, int(columns[run[0]]) - first, int(run[0]), len(run)))
+    return ranges
 
 
 def _numbered(widths: dict[str, int]) -> dict[str, np.ndarray]:
@@ -61,9 +63,9 @@ def _numbered(widths: dict[str, int]) -> dict[str, np.ndarray]:
 
 
 @functools.cache
-def linear_runs(
+def linear_column_ranges(
     outputs: tuple[tuple[str, tuple[int, ...], int], ...], output_sizes: tuple[int, ...], n_shards: int
-) -> tuple[list[Run], int]:
+) -> tuple[list[ColumnRange], int]:
     """Where the columns of a linear layer's leaves go, and how many columns it has.
 
     Args:
@@ -92,13 +94,13 @@ def linear_runs(
         ).weight
 
     columns = np.asarray(process(packed[None, :]))[0]
-    return _runs(columns, list(numbers), numbers), len(columns)
+    return _column_ranges(columns, list(numbers), numbers), len(columns)
 
 
 @functools.cache
-def expert_runs(
+def expert_column_ranges(
     mesh: Any, backend: Any, activation: Any, leaves: tuple[str, ...], widths: tuple[int, ...], hidden: int
-) -> tuple[list[Run], int] | None:
+) -> tuple[list[ColumnRange], int] | None:
     """Where the columns of gate and up go, and how many columns the packed array has.
 
     None where tpu-inference's layout does more than to move columns of gate and up.
@@ -123,4 +125,4 @@ def expert_runs(
     w13, w2 = np.asarray(made.w13_weight), np.asarray(made.w2_weight)
     if w13.ndim != 3 or w13.shape[:2] != (1, 1) or not np.array_equal(w2, np.swapaxes(down, 1, 2)):
         return None
-    return _runs(w13[0, 0], leaves, numbers), w13.shape[2]
+    return _column_ranges(w13[0, 0], leaves, numbers), w13.shape[2]

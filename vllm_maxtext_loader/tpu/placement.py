@@ -7,7 +7,7 @@ columns (gate beside up; query, key and value side by side, once per shard). So 
 one shard on each device, and every chunk that arrives is copied into the columns it fills, in place. Each device is
 sent what its shard holds and nothing else. The torch parameters are never filled; untouched, they cost no memory.
 
-`columns` knows which column goes where, `shards` holds the arrays, `modules` finds them in vLLM's model; this file leads the chunks there.
+`columns` knows which column goes where, `shards` holds the arrays, `modules` finds them in vLLM's model; this module copies the chunks there.
 
 Linear layers of the decoder, experts and the embedding go this way: all but a percent of the bytes. The rest (norms,
 scalars, router, vision tower) takes the usual way. Both ways end in the same bits; tests say so.
@@ -28,15 +28,15 @@ import jax
 import numpy as np
 from torch import nn
 
-from vllm_maxtext_loader.checkpoint.reader import Box, Piece
+from vllm_maxtext_loader.checkpoint.reader import DecodedRegion, Region
 from vllm_maxtext_loader.checkpoint.tree import Leaf
 from vllm_maxtext_loader.conversion.convert import ScaleStore, layer_of, transform
-from vllm_maxtext_loader.conversion.plan import LeafPlan, Plan, Write
+from vllm_maxtext_loader.conversion.plan import CopyOp, LeafConversion, Plan
 from vllm_maxtext_loader.conversion.rearrange import unscale_embedding
 from vllm_maxtext_loader.families.gemma4 import Scope, Value
 from vllm_maxtext_loader.tpu.replicated import replicate
-from vllm_maxtext_loader.tpu.shards import Shard, Starts, Weight, blocks
-from vllm_maxtext_loader.tpu.targets import OUTSIDE, Shapes, find_weights
+from vllm_maxtext_loader.tpu.shards import Offsets, PendingArray, Shard, flattened_blocks
+from vllm_maxtext_loader.tpu.targets import NON_LAYER, Shapes, find_weights
 
 _WRITERS = min(4, len(os.sched_getaffinity(0)))
 """Threads that copy. New memory is dear where the kernel hands it out page by page: one thread would spend most of its time on that,
@@ -44,8 +44,8 @@ with the decoder waiting for it."""
 
 
 @dataclasses.dataclass(frozen=True)
-class _Move:
-    """A part of a piece, and where it goes.
+class _ShardCopy:
+    """A part of a region, and where it goes.
 
     Attributes:
         weight: the array it is a part of.
@@ -53,15 +53,15 @@ class _Move:
         write: the layer.
         values: one axis per axis of the array.
         rows: their indices along the leaf's first axis (experts, or input features, or vocabulary).
-        starts: where they begin in the device's shard.
+        offsets: where they begin in the device's shard.
     """
 
-    weight: Weight
+    weight: PendingArray
     device: Any
-    write: Write
+    copy_op: CopyOp
     values: np.ndarray
     rows: slice
-    starts: Starts
+    offsets: Offsets
 
 
 def several_processes() -> bool:
@@ -69,95 +69,99 @@ def several_processes() -> bool:
     return jax.process_count() > 1
 
 
-class DirectPlacer:
-    """Takes the pieces of the leaves it `wants`, and fills the model's modules.
+class ShardWriter:
+    """Writes the regions of the leaves it `handles` into the model's arrays.
 
     Attributes:
-        placed: names of the parameters that have been filled.
+        filled: names of the parameters that have been filled.
     """
 
     def __init__(self, model: nn.Module, plan: Plan, dtype: np.dtype, fold_expert_scales: bool) -> None:
         self.plan = plan
         self.fold = fold_expert_scales
         self.scales = ScaleStore()
-        self.placed: set[str] = set()
-        self._writing: collections.deque[Piece] = collections.deque()
+        self.filled: set[str] = set()
+        self._writing: collections.deque[DecodedRegion] = collections.deque()
         self._wrote = 0.0
         shapes: Shapes = collections.defaultdict(dict)
         for entry in plan.leaves:
-            for write in entry.writes:
-                shapes[_layer(entry, write)][entry.rule.leaf] = _layer_shape(entry)
+            for copy_op in entry.copies:
+                shapes[_layer(entry, copy_op)][entry.rule.leaf] = _layer_shape(entry)
         self._model = model
         self._weights = find_weights(model, shapes, dtype)
 
-    def wants(self, entry: LeafPlan) -> bool:
+    def handles(self, entry: LeafConversion) -> bool:
         """Whether every layer of the leaf is placed directly."""
-        keys = [(_layer(entry, write), entry.rule.leaf) for write in entry.writes]
+        keys = [(_layer(entry, copy_op), entry.rule.leaf) for copy_op in entry.copies]
         return bool(keys) and all(key in self._weights for key in keys)
 
-    def needs(self, leaf: Leaf, box: Box, devices: Collection[Any] | None = None) -> bool:
-        """Whether a device holds any of a box; leaves that are not placed directly are needed whole.
+    def is_local(self, leaf: Leaf, region: Region, devices: Collection[Any] | None = None) -> bool:
+        """Whether a device holds any of a region; leaves that are not placed directly are needed whole.
 
         Args:
             leaf: the array.
-            box: a part of it.
+            region: a part of it.
             devices: which devices; None means those of this process.
         """
         entry = self._entries[leaf.key]
-        if not self.wants(entry):
+        if not self.handles(entry):
             return True
-        nothing = np.broadcast_to(np.uint8(0), [part.stop - part.start for part in box])
-        moves = self._moves(entry, Piece(leaf, box, nothing, last=False))
+        nothing = np.broadcast_to(np.uint8(0), [part.stop - part.start for part in region])
+        moves = self._shard_copies(entry, DecodedRegion(leaf, region, nothing, last=False))
         return any(devices is None or move.device in devices for move in moves)
 
     def targets(self) -> set[str]:
         """Hugging Face names that do not come through `model.load_weights`."""
-        return {write.target for entry in self.plan.leaves if self.wants(entry) for write in entry.writes}
+        return {
+            copy_op.target for entry in self.plan.leaves if self.handles(entry) for copy_op in entry.copies
+        }
 
     def idle(self, seconds: float) -> float:
         """How many of the last `seconds` nothing was being written."""
-        if any(piece.in_use for piece in self._writing):
+        if any(decoded.busy for decoded in self._writing):
             return 0.0
         return min(seconds, time.perf_counter() - self._wrote)
 
-    def stream(self, pieces: Iterator[Piece], on_place: Callable[[Piece], None]) -> Iterator[Piece]:
-        """Places wanted pieces, passes the others on.
+    def stream(
+        self, regions: Iterator[DecodedRegion], on_written: Callable[[DecodedRegion], None]
+    ) -> Iterator[DecodedRegion]:
+        """Writes the regions it handles, passes the others on.
 
         Args:
-            pieces: every piece of the plan that is needed, in its order.
-            on_place: told each placed piece.
+            regions: every region of the plan that is needed, in its order.
+            on_written: called with each region that has been written.
         """
         unfinished = collections.deque(self.plan.leaves)
         writing = self._writing
 
-        def settle(*, wait: bool) -> None:
-            """Takes the pieces that are written off the list, in their order; all of them where it may wait."""
-            while writing and (wait or not writing[0].in_use):
-                piece = writing.popleft()
-                piece.settle()
-                on_place(piece)
-                if piece.last:
-                    self._complete(self._entries[piece.leaf.key])
+        def collect(*, block: bool) -> None:
+            """Takes the written regions off the list, in order; with `block`, waits for all of them."""
+            while writing and (block or not writing[0].busy):
+                decoded = writing.popleft()
+                decoded.wait()
+                on_written(decoded)
+                if decoded.last:
+                    self._complete(self._entries[decoded.leaf.key])
 
         with ThreadPoolExecutor(_WRITERS, thread_name_prefix="maxtext-write") as writers:
-            for piece in pieces:
-                # A leaf of which nothing is needed here has no piece.
-                while unfinished[0].leaf.key != piece.leaf.key:
+            for decoded in regions:
+                # A leaf of which nothing is needed here has no region.
+                while unfinished[0].leaf.key != decoded.leaf.key:
                     self._complete(unfinished.popleft())
                 entry = unfinished[0]
                 if entry.rule.value is Value.EXPERT_SCALE and self.fold:
-                    for write in entry.writes:
-                        if (found := layer_of(entry, write, piece)) is not None:
-                            transform(entry, write, *found, True, self.scales)
-                if self.wants(entry):
-                    self._put(entry, piece, writers)
-                    writing.append(piece)
-                    settle(wait=False)
+                    for copy_op in entry.copies:
+                        if (found := layer_of(entry, copy_op, decoded)) is not None:
+                            transform(entry, copy_op, *found, True, self.scales)
+                if self.handles(entry):
+                    self._put(entry, decoded, writers)
+                    writing.append(decoded)
+                    collect(block=False)
                 else:
-                    yield piece
-                if piece.last:
+                    yield decoded
+                if decoded.last:
                     unfinished.popleft()
-            settle(wait=True)
+            collect(block=True)
             while unfinished:
                 self._complete(unfinished.popleft())
 
@@ -167,66 +171,66 @@ class DirectPlacer:
             replicate(self._model, names, mesh)
 
     @functools.cached_property
-    def _entries(self) -> dict[str, LeafPlan]:
+    def _entries(self) -> dict[str, LeafConversion]:
         return {entry.leaf.key: entry for entry in self.plan.leaves}
 
-    def _moves(self, entry: LeafPlan, piece: Piece) -> Iterator[_Move]:
-        """What of a piece goes where, layer by layer and device by device."""
+    def _shard_copies(self, entry: LeafConversion, decoded: DecodedRegion) -> Iterator[_ShardCopy]:
+        """What of a region goes where, layer by layer and device by device."""
         leaf, shape = entry.rule.leaf, _layer_shape(entry)
-        for write in entry.writes:
-            if (found := layer_of(entry, write, piece)) is None:
+        for copy_op in entry.copies:
+            if (found := layer_of(entry, copy_op, decoded)) is None:
                 continue
-            values, box = found
+            values, region = found
             if entry.rule.value is Value.UNSCALE_EMBEDDING:
                 # Rows past the vocabulary are the writer's padding.
-                values = values[: max(0, write.sizes["V"] - box[0].start)]
-            weight = self._weights[_layer(entry, write), leaf]
-            for block, starts in blocks(values, box, shape, weight.groups[leaf]):
-                for device, part, local in weight.targets(leaf, starts, block.shape):
-                    rows = slice(starts[0] + part[0].start, starts[0] + part[0].stop)
-                    yield _Move(weight, device, write, block[part], rows, local)
+                values = values[: max(0, copy_op.sizes["V"] - region[0].start)]
+            weight = self._weights[_layer(entry, copy_op), leaf]
+            for block, offsets in flattened_blocks(values, region, shape, weight.axis_groups[leaf]):
+                for device, part, local in weight.targets(leaf, offsets, block.shape):
+                    rows = slice(offsets[0] + part[0].start, offsets[0] + part[0].stop)
+                    yield _ShardCopy(weight, device, copy_op, block[part], rows, local)
 
-    def _put(self, entry: LeafPlan, piece: Piece, writers: Executor) -> None:
-        """Has a piece copied into the shards it is a part of; who copies becomes a user of the piece."""
-        by_shard: dict[tuple[int, Any], list[_Move]] = collections.defaultdict(list)
-        for move in self._moves(entry, piece):
+    def _put(self, entry: LeafConversion, decoded: DecodedRegion, writers: Executor) -> None:
+        """Has a region copied into the shards it is a part of; and registers the copies as readers of the region."""
+        by_shard: dict[tuple[int, Any], list[_ShardCopy]] = collections.defaultdict(list)
+        for move in self._shard_copies(entry, decoded):
             by_shard[id(move.weight), move.device].append(move)
         for moves in by_shard.values():
             # Here, and not by the writer: two of them may meet at one shard.
             shard = moves[0].weight.shard(moves[0].device)
-            piece.users.append(writers.submit(self._write, entry, shard, moves))
+            decoded.readers.append(writers.submit(self._write, entry, shard, moves))
 
-    def _write(self, entry: LeafPlan, shard: Shard, moves: list[_Move]) -> None:
-        """Copies parts of a piece into the one shard that they belong to."""
+    def _write(self, entry: LeafConversion, shard: Shard, moves: list[_ShardCopy]) -> None:
+        """Copies parts of a region into the one shard that they belong to."""
         for move in moves:
             scales, convert = None, None
             match entry.rule.value:
                 case Value.UNSCALE_EMBEDDING:
                     # Divided on the host: XLA may turn a division by a constant into a multiplication.
-                    convert = functools.partial(unscale_embedding, hidden_size=move.write.sizes["H"])
+                    convert = functools.partial(unscale_embedding, hidden_size=move.copy_op.sizes["H"])
                 case Value.EXPERT_OUTPUT if self.fold:
-                    scales = self.scales.get(move.write.layer, move.rows)
-            shard.write(move.values, move.starts, scales, convert)
-        shard.settle()
+                    scales = self.scales.get(move.copy_op.layer, move.rows)
+            shard.write(move.values, move.offsets, scales, convert)
+        shard.wait()
         self._wrote = time.perf_counter()
 
-    def _complete(self, entry: LeafPlan) -> None:
+    def _complete(self, entry: LeafConversion) -> None:
         """Finishes the modules that have waited for this leaf last."""
-        if not self.wants(entry):
+        if not self.handles(entry):
             return
-        for write in entry.writes:
-            weight = self._weights[_layer(entry, write), entry.rule.leaf]
-            weight.waiting.discard(entry.rule.leaf)
-            if not weight.waiting:
-                weight.finish(weight.array())
-                self.placed.update(weight.parameters)
+        for copy_op in entry.copies:
+            weight = self._weights[_layer(entry, copy_op), entry.rule.leaf]
+            weight.missing_leaves.discard(entry.rule.leaf)
+            if not weight.missing_leaves:
+                weight.on_complete(weight.array())
+                self.filled.update(weight.parameters)
 
 
-def _layer(entry: LeafPlan, write: Write) -> int:
+def _layer(entry: LeafConversion, copy_op: CopyOp) -> int:
     """Number of the decoder layer, or OUTSIDE."""
-    return write.layer if entry.rule.scope is Scope.LAYER else OUTSIDE
+    return copy_op.layer if entry.rule.scope is Scope.LAYER else NON_LAYER
 
 
-def _layer_shape(entry: LeafPlan) -> tuple[int, ...]:
+def _layer_shape(entry: LeafConversion) -> tuple[int, ...]:
     """Shape of one layer of a leaf."""
     return tuple(size for axis, size in enumerate(entry.leaf.shape) if axis not in entry.stack)

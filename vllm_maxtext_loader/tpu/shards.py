@@ -20,13 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from vllm_maxtext_loader.checkpoint.reader import Box, aligned
+from vllm_maxtext_loader.checkpoint.reader import Region, aligned
 from vllm_maxtext_loader.conversion.convert import assign
 from vllm_maxtext_loader.conversion.rearrange import fold_expert_scale
 from vllm_maxtext_loader.options import DIRECT_VARIABLE
-from vllm_maxtext_loader.tpu.columns import Run
+from vllm_maxtext_loader.tpu.columns import ColumnRange
 
-Starts = tuple[int, ...]
+Offsets = tuple[int, ...]
 Convert = Callable[[np.ndarray], np.ndarray]
 
 _CONVERTED_BYTES = 1 << 18
@@ -50,25 +50,25 @@ class HostShard:
     def write(
         self,
         block: np.ndarray,
-        starts: Starts,
+        offsets: Offsets,
         scales: np.ndarray | None = None,
         convert: Convert | None = None,
     ) -> None:
-        """Puts `block` at `starts`.
+        """Puts `block` at `offsets`.
 
         Args:
             block: one axis per axis of the shard.
-            starts: where it begins.
+            offsets: where it begins.
             scales: [experts in block], multiplied in; the result is rounded once.
             convert: what is done to the values before, each by itself.
         """
-        target = self._values[tuple(slice(a, a + n) for a, n in zip(starts, block.shape, strict=True))]
+        target = self._values[tuple(slice(a, a + n) for a, n in zip(offsets, block.shape, strict=True))]
         computed = scales is not None or convert is not None or block.dtype != target.dtype
-        for part in parts(block.shape, _CONVERTED_BYTES // block.itemsize if computed else block.size):
+        for part in tiles(block.shape, _CONVERTED_BYTES // block.itemsize if computed else block.size):
             values = block[part] if convert is None else convert(block[part])
             assign(target[part], values if scales is None else fold_expert_scale(values, scales[part[0]]))
 
-    def settle(self) -> None:
+    def wait(self) -> None:
         """Returns when what was written no longer needs the blocks' memory."""
 
     def array(self) -> jax.Array:
@@ -87,7 +87,7 @@ class DeviceShard:
     def write(
         self,
         block: np.ndarray,
-        starts: Starts,
+        offsets: Offsets,
         scales: np.ndarray | None = None,
         convert: Convert | None = None,
     ) -> None:
@@ -95,9 +95,9 @@ class DeviceShard:
         block = jax.device_put(values, self._device)
         with self._lock:
             # An update gives the memory away and gets it back: one at a time.
-            self._values = update(self._values, block, starts, scales)
+            self._values = update(self._values, block, offsets, scales)
 
-    def settle(self) -> None:
+    def wait(self) -> None:
         with self._lock:
             self._values.block_until_ready()
 
@@ -115,32 +115,32 @@ def make_shard(shape: tuple[int, ...], dtype: np.dtype, device: Any) -> Shard:
 
 
 @dataclasses.dataclass
-class Weight:
+class PendingArray:
     """A weight of a module, in its final form, while it is being filled.
 
     Attributes:
         parameters: full names of the parameters it is.
         shape: global shape; the last axis is the output columns.
         sharding: how it is spread over devices.
-        groups: per leaf, which of its axes (layers left out) make up each axis of the final array.
-        runs: where the columns go.
-        waiting: leaves that are not complete.
-        finish: puts the array into the module.
+        axis_groups: per leaf, which of its axes (layers left out) make up each axis of the final array.
+        column_ranges: where the columns go.
+        missing_leaves: leaves that are not complete.
+        on_complete: puts the array into the module.
         dtype: of the array.
     """
 
     parameters: tuple[str, ...]
     shape: tuple[int, ...]
     sharding: NamedSharding
-    groups: dict[str, tuple[tuple[int, ...], ...]]
-    runs: list[Run]
-    waiting: set[str]
-    finish: Callable[[jax.Array], None]
+    axis_groups: dict[str, tuple[tuple[int, ...], ...]]
+    column_ranges: list[ColumnRange]
+    missing_leaves: set[str]
+    on_complete: Callable[[jax.Array], None]
     dtype: np.dtype
     _shards: dict[Any, Shard] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
-    def bounds(self) -> dict[Any, Box]:
+    def addressable_indices(self) -> dict[Any, Region]:
         """By device of this process, what it holds of the array."""
         indices = self.sharding.addressable_devices_indices_map(self.shape)
         return {
@@ -151,55 +151,61 @@ class Weight:
             if index is not None
         }
 
-    def targets(self, leaf: str, starts: Starts, lengths: Sequence[int]) -> Iterator[tuple[Any, Box, Starts]]:
+    def targets(
+        self, leaf: str, offsets: Offsets, lengths: Sequence[int]
+    ) -> Iterator[tuple[Any, Region, Offsets]]:
         """Where a block of a leaf goes.
 
         Args:
             leaf: its name.
-            starts: where it begins in the leaf, along the final array's axes.
+            offsets: where it begins in the leaf, along the final array's axes.
             lengths: its shape.
 
         Yields:
             (device, part of the block, where that begins in the device's shard)
         """
-        *rows, column = starts
-        for (device, shard), run in itertools.product(self.bounds.items(), self.runs):
-            if run.leaf != leaf:
+        *rows, column = offsets
+        for (device, shard), columns in itertools.product(
+            self.addressable_indices.items(), self.column_ranges
+        ):
+            if columns.leaf != leaf:
                 continue
-            moved = (*rows, run.start + column - run.source)
+            target = (*rows, columns.start + column - columns.source)
             limits = [
                 *shard[:-1],
-                slice(max(shard[-1].start, run.start), min(shard[-1].stop, run.start + run.length)),
+                slice(
+                    max(shard[-1].start, columns.start), min(shard[-1].stop, columns.start + columns.length)
+                ),
             ]
-            low = [max(a, limit.start) for a, limit in zip(moved, limits, strict=True)]
-            high = [min(a + n, limit.stop) for a, n, limit in zip(moved, lengths, limits, strict=True)]
+            low = [max(a, limit.start) for a, limit in zip(target, limits, strict=True)]
+            high = [min(a + n, limit.stop) for a, n, limit in zip(target, lengths, limits, strict=True)]
             if all(a < b for a, b in zip(low, high, strict=True)):
-                part = tuple(slice(a - m, b - m) for a, b, m in zip(low, high, moved, strict=True))
+                part = tuple(slice(a - m, b - m) for a, b, m in zip(low, high, target, strict=True))
                 yield device, part, tuple(a - s.start for a, s in zip(low, shard, strict=True))
 
     def shard(self, device: Any) -> Shard:
         """The part of a device of this process; made empty when it is first asked for."""
         if device not in self._shards:
-            shape = tuple(part.stop - part.start for part in self.bounds[device])
+            shape = tuple(part.stop - part.start for part in self.addressable_indices[device])
             self._shards[device] = make_shard(shape, self.dtype, device)
         return self._shards[device]
 
     def array(self) -> jax.Array:
         """The whole array; it must not be written to any more."""
-        shards = [self.shard(device).array() for device in self.bounds]
+        shards = [self.shard(device).array() for device in self.addressable_indices]
         self._shards = {}
         return jax.make_array_from_single_device_arrays(self.shape, self.sharding, shards)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def update(shard: jax.Array, block: jax.Array, starts: Starts, scales: Any) -> jax.Array:
-    """`shard` with `block` at `starts`, in the same memory; [experts] scales are multiplied in, rounding once."""
+def update(shard: jax.Array, block: jax.Array, offsets: Offsets, scales: Any) -> jax.Array:
+    """`shard` with `block` at `offsets`, in the same memory; [experts] scales are multiplied in, rounding once."""
     if scales is not None:
         block = block.astype(jnp.float32) * scales[:, None, None]
-    return jax.lax.dynamic_update_slice(shard, block.astype(shard.dtype), starts)
+    return jax.lax.dynamic_update_slice(shard, block.astype(shard.dtype), offsets)
 
 
-def parts(shape: tuple[int, ...], size: int) -> Iterator[tuple[slice, slice]]:
+def tiles(shape: tuple[int, ...], size: int) -> Iterator[tuple[slice, slice]]:
     """Cuts a block into parts of at most `size` values, along its first axis, and where that is not enough along the second.
 
     Args:
@@ -213,30 +219,33 @@ def parts(shape: tuple[int, ...], size: int) -> Iterator[tuple[slice, slice]]:
         yield slice(row, min(shape[0], row + rows)), slice(column, min(shape[1], column + columns))
 
 
-def blocks(
-    values: np.ndarray, box: Box, shape: tuple[int, ...], groups: tuple[tuple[int, ...], ...]
-) -> Iterator[tuple[np.ndarray, Starts]]:
-    """A box with its axes flattened into groups: one block, or several where a group is not one run.
+def flattened_blocks(
+    values: np.ndarray, region: Region, shape: tuple[int, ...], axis_groups: tuple[tuple[int, ...], ...]
+) -> Iterator[tuple[np.ndarray, Offsets]]:
+    """A region with its axes flattened into groups: one block, or several where a group is not one run.
 
     Args:
-        values: [box lengths].
-        box: where they lie in an array of `shape`.
+        values: [region lengths].
+        region: where they lie in an array of `shape`.
         shape: of the whole.
-        groups: axes that become one; at most two in a group.
+        axis_groups: axes that become one; at most two in a group.
 
     Yields:
         (values with one axis per group, where they begin)
     """
-    for outer, *inner in groups:
+    for outer, *inner in axis_groups:
         if inner and values.shape[outer] > 1 and values.shape[inner[0]] < shape[inner[0]]:
             for position in range(values.shape[outer]):
-                start = box[outer].start + position
-                one = (*box[:outer], slice(start, start + 1), *box[outer + 1 :])
-                yield from blocks(values.take([position], axis=outer), one, shape, groups)
+                start = region[outer].start + position
+                one = (*region[:outer], slice(start, start + 1), *region[outer + 1 :])
+                yield from flattened_blocks(values.take([position], axis=outer), one, shape, axis_groups)
             return
-    starts = tuple(
-        int(np.ravel_multi_index([box[axis].start for axis in group], [shape[axis] for axis in group]))
-        for group in groups
+    offsets = tuple(
+        int(np.ravel_multi_index([region[axis].start for axis in group], [shape[axis] for axis in group]))
+        for group in axis_groups
     )
     if values.size:
-        yield values.reshape([math.prod(values.shape[axis] for axis in group) for group in groups]), starts
+        yield (
+            values.reshape([math.prod(values.shape[axis] for axis in group) for group in axis_groups]),
+            offsets,
+        )

@@ -32,16 +32,16 @@ from tpu_inference.layers.vllm.quantization.unquantized import (
 )
 from vllm.model_executor.models.gemma4 import Gemma4DecoderLayer, Gemma4ForCausalLM
 
-from vllm_maxtext_loader.tpu.columns import Run, expert_runs, linear_runs
-from vllm_maxtext_loader.tpu.shards import Weight
+from vllm_maxtext_loader.tpu.columns import ColumnRange, expert_column_ranges, linear_column_ranges
+from vllm_maxtext_loader.tpu.shards import PendingArray
 
 Shapes = dict[int, dict[str, tuple[int, ...]]]
 """By decoder layer (OUTSIDE for what is in none) and leaf name: the shape of one layer of the leaf."""
 
-OUTSIDE = -1
+NON_LAYER = -1
 
 
-def find_weights(model: nn.Module, shapes: Shapes, dtype: np.dtype) -> dict[tuple[int, str], Weight]:
+def find_weights(model: nn.Module, shapes: Shapes, dtype: np.dtype) -> dict[tuple[int, str], PendingArray]:
     """By layer and leaf name, the array (of `dtype`) that the leaf is a part of; without those that must take the usual way."""
     return _Finder(model, shapes, dtype).weights
 
@@ -50,17 +50,17 @@ class _Finder:
     """Goes through the model, layer by layer."""
 
     def __init__(self, model: nn.Module, shapes: Shapes, dtype: np.dtype) -> None:
-        self.weights: dict[tuple[int, str], Weight] = {}
+        self.weights: dict[tuple[int, str], PendingArray] = {}
         self._dtype = dtype
         self._names = {id(module): name for name, module in model.named_modules()}
         for module in model.modules():
             if isinstance(module, Gemma4DecoderLayer):
                 self._decoder_layer(module, shapes.get(module.layer_idx, {}))
             elif isinstance(module, Gemma4ForCausalLM):
-                self._embedding(module, shapes.get(OUTSIDE, {}))
+                self._embedding(module, shapes.get(NON_LAYER, {}))
 
-    def _add(self, layer: int, weight: Weight) -> None:
-        for leaf in weight.waiting:
+    def _add(self, layer: int, weight: PendingArray) -> None:
+        for leaf in weight.missing_leaves:
             self.weights[layer, leaf] = weight
 
     def _decoder_layer(self, layer: Any, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -90,7 +90,7 @@ class _Finder:
         module: Any,
         packed: tuple[str, ...],
         shapes: dict[str, tuple[int, ...]],
-        groups: tuple[tuple[int, ...], ...],
+        axis_groups: tuple[tuple[int, ...], ...],
     ) -> None:
         """A linear layer.
 
@@ -99,7 +99,7 @@ class _Finder:
             module: vLLM's linear layer.
             packed: leaf of each of its outputs, in order.
             shapes: shape of every leaf in this layer.
-            groups: the leaves' input axes and their output axes.
+            axis_groups: the leaves' input axes and their output axes.
         """
         method: Any = module.quant_method
         # A subclass may requantize while loading: those layers take the usual way.
@@ -111,26 +111,26 @@ class _Finder:
         # Only keys and values are repeated: outputs 1 and 2 of a qkv projection.
         replicas = getattr(module, "num_kv_head_replicas", 1)
         outputs = tuple(
-            (leaf, tuple(shapes[leaf][axis] for axis in groups[1]), replicas if position else 1)
+            (leaf, tuple(shapes[leaf][axis] for axis in axis_groups[1]), replicas if position else 1)
             for position, leaf in enumerate(packed)
         )
-        runs, columns = linear_runs(outputs, tuple(config.output_sizes), config.n_shards)
+        column_ranges, columns = linear_column_ranges(outputs, tuple(config.output_sizes), config.n_shards)
 
-        def finish(array: jax.Array) -> None:
-            _forget(module, "weight")
+        def on_complete(array: jax.Array) -> None:
+            _free_parameter(module, "weight")
             method._store_linear_weights(module, LinearWeights(array, None, None, None))
-            method.process_weights_after_loading = _nothing_left
+            method.process_weights_after_loading = _noop_process_weights
 
         self._add(
             layer,
-            Weight(
+            PendingArray(
                 parameters=(f"{self._names[id(module)]}.weight",),
-                shape=(math.prod(shapes[packed[0]][axis] for axis in groups[0]), columns),
+                shape=(math.prod(shapes[packed[0]][axis] for axis in axis_groups[0]), columns),
                 sharding=NamedSharding(config.mesh, config.weight_sharding),
-                groups=dict.fromkeys(packed, groups),
-                runs=runs,
-                waiting=set(packed),
-                finish=finish,
+                axis_groups=dict.fromkeys(packed, axis_groups),
+                column_ranges=column_ranges,
+                missing_leaves=set(packed),
+                on_complete=on_complete,
                 dtype=self._dtype,
             ),
         )
@@ -147,26 +147,28 @@ class _Finder:
             return
         count, inner, hidden = shapes[down]
         widths = tuple(shapes[leaf][2] for leaf in gates)
-        found = expert_runs(method.mesh, method.moe_backend, module.activation, gates, widths, hidden)
+        found = expert_column_ranges(
+            method.mesh, method.moe_backend, module.activation, gates, widths, hidden
+        )
         if found is None:
             return
-        runs, columns = found
+        column_ranges, columns = found
         shardings = _get_moe_weight_shardings(_moe_weights(), method.moe_backend, method.mesh)
-        groups = ((0,), (1,), (2,))
+        axis_groups = ((0,), (1,), (2,))
         for name, shape, leaves, moves in (
-            ("w13_weight", (count, hidden, columns), gates, runs),
-            ("w2_weight", (count, inner, hidden), (down,), [Run(down, 0, 0, hidden)]),
+            ("w13_weight", (count, hidden, columns), gates, column_ranges),
+            ("w2_weight", (count, inner, hidden), (down,), [ColumnRange(down, 0, 0, hidden)]),
         ):
             self._add(
                 layer,
-                Weight(
+                PendingArray(
                     parameters=(f"{self._names[id(module)]}.{name}",),
                     shape=shape,
                     sharding=getattr(shardings, name),
-                    groups=dict.fromkeys(leaves, groups),
-                    runs=moves,
-                    waiting=set(leaves),
-                    finish=functools.partial(_finish_experts, module, name),
+                    axis_groups=dict.fromkeys(leaves, axis_groups),
+                    column_ranges=moves,
+                    missing_leaves=set(leaves),
+                    on_complete=functools.partial(_finish_experts, module, name),
                     dtype=self._dtype,
                 ),
             )
@@ -181,35 +183,35 @@ class _Finder:
             return
         hidden = shapes[leaf][1]
 
-        def finish(array: jax.Array) -> None:
+        def on_complete(array: jax.Array) -> None:
             weight = torch_view(array)
-            _forget(embed, "weight")
+            _free_parameter(embed, "weight")
             delattr(head, "weight")
             for module in (embed, head):
                 module.weight = Parameter(weight, requires_grad=False)
-                module.quant_method.process_weights_after_loading = _nothing_left
+                module.quant_method.process_weights_after_loading = _noop_process_weights
 
         self._add(
-            OUTSIDE,
-            Weight(
+            NON_LAYER,
+            PendingArray(
                 parameters=(f"{self._names[id(embed)]}.weight",),
                 # vLLM pads the vocabulary; those rows stay zero.
                 shape=(embed.weight.shape[0], hidden),
                 sharding=NamedSharding(method.mesh, PartitionSpec(ShardingAxisName.MLP_TENSOR, None)),
-                groups={leaf: ((0,), (1,))},
-                runs=[Run(leaf, 0, 0, hidden)],
-                waiting={leaf},
-                finish=finish,
+                axis_groups={leaf: ((0,), (1,))},
+                column_ranges=[ColumnRange(leaf, 0, 0, hidden)],
+                missing_leaves={leaf},
+                on_complete=on_complete,
                 dtype=self._dtype,
             ),
         )
 
 
-def _nothing_left(layer: nn.Module) -> None:
+def _noop_process_weights(layer: nn.Module) -> None:
     """Stands for process_weights_after_loading of a layer that is in its final form."""
 
 
-def _forget(module: Any, name: str) -> None:
+def _free_parameter(module: Any, name: str) -> None:
     """Frees a torch parameter, as tpu-inference does once it has its own copy."""
     getattr(module, name).untyped_storage().resize_(0)
     delattr(module, name)
@@ -223,7 +225,7 @@ def _moe_weights(**weights: Any) -> FusedMoEWeights:
 
 def _finish_experts(module: Any, name: str, array: Any) -> None:
     method: Any = module.quant_method
-    _forget(module, name)
+    _free_parameter(module, name)
     layout = array.format.layout
     if layout is not None and tuple(layout.major_to_minor) != tuple(range(array.ndim)):
         # The array lies where it should; this gives it the memory layout the kernels ask for. Asking for one it has
@@ -231,4 +233,4 @@ def _finish_experts(module: Any, name: str, array: Any) -> None:
         made = shard_moe_weights(_moe_weights(**{name: array}), method.moe_backend, method.mesh)
         array = getattr(made, name)
     setattr(module, name, Parameter(torch_view(array), requires_grad=False))
-    method.process_weights_after_loading = _nothing_left
+    method.process_weights_after_loading = _noop_process_weights

@@ -27,7 +27,7 @@ from vllm_maxtext_loader.checkpoint.storage.retry import (
     http_failure,
     no_progress_seconds,
     retry_warning,
-    storage_error,
+    to_storage_error,
 )
 from vllm_maxtext_loader.errors import CheckpointNotFoundError
 
@@ -112,9 +112,9 @@ def _parse_listing(url: str, body: bytes) -> dict[str, Any]:
     try:
         listing = json.loads(body)
     except ValueError as error:
-        raise storage_error(f"cannot list {url}", error) from error
+        raise to_storage_error(f"cannot list {url}", error) from error
     if not isinstance(listing, dict):
-        raise storage_error(f"cannot list {url}", ValueError("the answer is not a listing"))
+        raise to_storage_error(f"cannot list {url}", ValueError("the answer is not a listing"))
     return listing
 
 
@@ -166,7 +166,7 @@ def _get(what: str, url: str, path: str, *args: str, **params: Any) -> bytes:
                 raise FileNotFoundError(url) from error
             wait = random.uniform(0, pause)
             if not error.failure.may_pass or time.monotonic() + wait > deadline:
-                raise storage_error(f"cannot {what} {url}", error) from error
+                raise to_storage_error(f"cannot {what} {url}", error) from error
             retry_warning(url, f"cannot {what}: {error}")
         time.sleep(wait)
         pause = min(2 * pause, backoff.longest)

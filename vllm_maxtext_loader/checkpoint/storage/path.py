@@ -13,7 +13,12 @@ from pathlib import Path
 import tensorstore as ts
 
 from vllm_maxtext_loader.checkpoint.storage import gcs
-from vllm_maxtext_loader.checkpoint.storage.retry import Backoff, no_progress_seconds, redact, storage_error
+from vllm_maxtext_loader.checkpoint.storage.retry import (
+    Backoff,
+    no_progress_seconds,
+    redact,
+    to_storage_error,
+)
 from vllm_maxtext_loader.checkpoint.storage.stall import abort_stalled_transfers
 from vllm_maxtext_loader.checkpoint.storage.web_address import refuse_web_address
 from vllm_maxtext_loader.errors import CheckpointNotFoundError, printable
@@ -102,7 +107,7 @@ class Location:
         except (FileNotFoundError, NotADirectoryError):
             raise
         except OSError as error:
-            raise storage_error(f"cannot list {self}", error) from error
+            raise to_storage_error(f"cannot list {self}", error) from error
 
     def is_file(self) -> bool:
         """Whether a file (object) is here. In a bucket: one request.
@@ -115,7 +120,7 @@ class Location:
         try:
             return Path(self.url).is_file()
         except OSError as error:
-            raise storage_error(f"cannot look up {self}", error) from error
+            raise to_storage_error(f"cannot look up {self}", error) from error
 
     def read_bytes(self) -> bytes:
         """The file's content. In a bucket: one request.
@@ -131,7 +136,7 @@ class Location:
         except (FileNotFoundError, NotADirectoryError):
             raise
         except OSError as error:
-            raise storage_error(f"cannot read {self}", error) from error
+            raise to_storage_error(f"cannot read {self}", error) from error
 
     def kvstore(self) -> dict[str, str]:
         """TensorStore key-value store specification of this directory."""

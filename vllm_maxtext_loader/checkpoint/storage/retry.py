@@ -191,14 +191,14 @@ def _failure(error: BaseException, *, remote: bool) -> Failure:
     return Failure.BUCKET_ACCESS if remote and failure is Failure.FILE_ACCESS else failure
 
 
-def storage_error(what: str, error: BaseException) -> StorageError:
+def to_storage_error(what: str, error: BaseException) -> StorageError:
     """A `StorageError` that says what failed, why, and what to do, without credentials.
 
     Args:
         what: "cannot read gs://…".
         error: a `RequestError`, or what the operating system or TensorStore raised.
     """
-    detail = brief(str(error)) or type(error).__name__
+    detail = summarize(str(error)) or type(error).__name__
     # A local path holds no "//", a leaf's name no "/".
     failure = _failure(error, remote="gs://" in what)
     return StorageError(f"{redact(what)}: {detail.rstrip('.')}. {failure.value}")
@@ -231,10 +231,10 @@ def retry_warning(where: str, why: str) -> None:
         where: path of the object.
         why: what failed.
     """
-    logger.warning("Trying again: %s: %s", printable(redact(where)), brief(why, 300))
+    logger.warning("Trying again: %s: %s", printable(redact(where)), summarize(why, 300))
 
 
-def brief(text: str, most: int = 600) -> str:
+def summarize(text: str, most: int = 600) -> str:
     """What a client library said, on one line, without secrets, source locations and copies of its input."""
     for pattern, replacement in _NOISE:
         text = re.sub(pattern, replacement, text)

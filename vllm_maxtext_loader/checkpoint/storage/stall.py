@@ -51,7 +51,7 @@ def abort_stalled_transfers() -> float:
     return seconds if seconds > 0 and least > 0 else math.inf
 
 
-class Watch:
+class StallDetector:
     """Waits for the results of one open or load.
 
     Args:
