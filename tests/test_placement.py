@@ -36,8 +36,8 @@ def test_ring_never_gives_memory_that_is_taken(seed: int) -> None:
         if taken and rng.random() < 0.45:
             memory, mark = taken.pop(0)
             assert np.all(memory == mark)
-            ring.give_back()
-        elif (memory := ring.take(rng.randrange(1, 6000))) is not None:
+            ring.release()
+        elif (memory := ring.allocate(rng.randrange(1, 6000))) is not None:
             assert memory.ctypes.data % 64 == 0
             memory[:] = number % 251
             taken.append((memory, number % 251))
@@ -46,12 +46,12 @@ def test_ring_never_gives_memory_that_is_taken(seed: int) -> None:
 
 def test_ring_gives_what_is_larger_than_itself_only_alone() -> None:
     ring = _Ring(1000)
-    assert (large := ring.take(5000)) is not None
+    assert (large := ring.allocate(5000)) is not None
     assert large.nbytes >= 5000
-    assert ring.take(1) is None
-    ring.give_back()
-    assert ring.take(1) is not None
-    assert ring.take(5000) is None
+    assert ring.allocate(1) is None
+    ring.release()
+    assert ring.allocate(1) is not None
+    assert ring.allocate(5000) is None
 
 
 def test_memory_is_not_used_again_while_somebody_reads_it() -> None:
