@@ -24,14 +24,15 @@ from hypothesis import strategies as st
 from support.checkpoints import FIXTURES, cases
 from support.damage import without_database
 from support.fuzz_inputs import DIRECTORIES, changed, damaged_bytes, damaged_json, invented
-from vllm_maxtext_loader import MaxTextLoadError, errors, open_checkpoint
+from vllm_maxtext_loader import MaxTextLoadError, errors, families, open_checkpoint
 from vllm_maxtext_loader.api import Checkpoint
 from vllm_maxtext_loader.checkpoint import checksums
 from vllm_maxtext_loader.checkpoint.find import locate
 from vllm_maxtext_loader.checkpoint.reader import DecodedRegion
 from vllm_maxtext_loader.checkpoint.tree import Leaf, Tree
+from vllm_maxtext_loader.conversion.dims import ModelDims
 from vllm_maxtext_loader.conversion.plan import Plan, make_plan
-from vllm_maxtext_loader.families.gemma4 import Dims
+from vllm_maxtext_loader.families.gemma4 import FAMILY
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "500"))
 LONGEST = 60
@@ -83,17 +84,18 @@ def check_plan(plan: Plan) -> None:
     read = {entry.leaf.key for entry in plan.leaves}
     assert plan.targets
     assert all(target.leaves and set(target.leaves) <= read for target in plan.targets.values())
-    assert {name for name, _ in plan.dims.hf_shapes()} == plan.targets.keys()
+    assert {name for name, _ in plan.family.hf_shapes(plan.dims)} == plan.targets.keys()
     assert all(write.target in plan.targets for entry in plan.leaves for write in entry.copies)
     assert plan.nbytes > 0
     assert all(target.nbytes > 0 for target in plan.targets.values())
 
 
-def plan_of(tree: Tree, leaves: list[Leaf], wanted: Dims | None) -> Plan | None:
+def plan_of(tree: Tree, leaves: list[Leaf], wanted: ModelDims | None) -> Plan | None:
     named = {leaf.name: leaf for leaf in leaves if 0 not in leaf.shape}
     message, plan = str(tree.location.items), None
     try:
-        plan = make_plan(dataclasses.replace(tree, leaves=named, arrays={}), wanted)
+        family = families.identify(named, message)
+        plan = make_plan(dataclasses.replace(tree, leaves=named, arrays={}), family, wanted)
         check_plan(plan)
     except MaxTextLoadError as error:
         message = str(error)
@@ -102,7 +104,7 @@ def plan_of(tree: Tree, leaves: list[Leaf], wanted: Dims | None) -> Plan | None:
 
 
 def test_changed_trees(trees: list[Tree]) -> None:
-    wanted = [make_plan(tree).dims for tree in trees]
+    wanted = [make_plan(tree, families.identify(tree.leaves, "")).dims for tree in trees]
 
     @fuzz(0.4)
     @given(st.data())
@@ -274,17 +276,17 @@ def test_found_billions_of_layers(moe: Tree) -> None:
     with pytest.raises(
         errors.LayoutError, match=rf"{name} has shape \[1, 2147483648, 2\]: .* would be stacked"
     ):
-        make_plan(with_leaf(moe, name, shape=(1, 2**31, 2)))
+        make_plan(with_leaf(moe, name, shape=(1, 2**31, 2)), FAMILY)
 
 
 def test_found_layer_number_of_many_digits(moe: Tree) -> None:
     path = ("decoder", "layers_99999999999", "layer_scalar")
     with pytest.raises(errors.UnknownLeafError, match="no place in Gemma 4"):
-        make_plan(with_leaf(moe, SCALAR, path=path))
+        make_plan(with_leaf(moe, SCALAR, path=path), FAMILY)
 
 
 def test_found_parts_of_two_types(moe: Tree) -> None:
-    plan = make_plan(with_leaf(moe, GATE, dtype=np.dtype(np.float16)))
+    plan = make_plan(with_leaf(moe, GATE, dtype=np.dtype(np.float16)), FAMILY)
     fused = [target for target in plan.targets.values() if target.name.endswith("experts.gate_up_proj")]
     assert {target.dtype for target in fused} == {np.dtype(np.float32), moe.leaves[GATE].dtype}
 

@@ -94,7 +94,7 @@ def test_facts_of_a_scanned_checkpoint() -> None:
 
 
 def test_model_name_is_checked_and_reported() -> None:
-    assert inspect_checkpoint(cases()["moe_v2"].items, model_name="gemma4-26b").preset == "gemma4-26b"
+    assert inspect_checkpoint(cases()["moe_v2"].items, model_name="gemma4-26b").preset.name == "gemma4-26b"
     wrong = inspect_checkpoint(cases()["moe_v2"].items, model_name="gemma4-31b")
     assert not wrong.loads
     assert "gemma4-31b has no experts" in str(wrong.error)

@@ -106,11 +106,11 @@ def test_tokenizer_that_forgets_bos_is_named(tmp_path: Path, caplog: pytest.LogC
     file.write_text(json.dumps(json.loads(file.read_text()) | {"post_processor": None}))
     logging.getLogger("vllm").propagate = True
     with caplog.at_level("WARNING", logger="vllm"):
-        warn_without_bos(model_config(good))
-        warn_without_bos(model_config(bad, skipped=True))
+        warn_without_bos(model_config(good), "Gemma 4")
+        warn_without_bos(model_config(bad, skipped=True), "Gemma 4")
         assert "<bos>" not in caplog.text
         for _ in range(2):
-            warn_without_bos(model_config(bad))
+            warn_without_bos(model_config(bad), "Gemma 4")
     assert caplog.text.count("does not put <bos> before a completion prompt") == 1
     assert str(bad) in caplog.text
 

@@ -10,9 +10,13 @@ import pytest
 from transformers import Gemma4Config
 
 from support.checkpoints import FIXTURES
+from vllm_maxtext_loader.conversion.dims import LayerDims, ModelDims
 from vllm_maxtext_loader.errors import ConfigMismatchError
-from vllm_maxtext_loader.families.gemma4 import Dims
-from vllm_maxtext_loader.huggingface.config import PRESETS, PUBLISHED_VOCAB, make_config, match_preset
+from vllm_maxtext_loader.families.gemma4 import FAMILY
+from vllm_maxtext_loader.families.gemma4_config import PUBLISHED_VOCAB
+from vllm_maxtext_loader.huggingface.config import make_config, match_presets
+
+PRESETS = {preset.name: preset for preset in FAMILY.presets}
 
 PUBLISHED: dict[str, dict[str, Any]] = json.loads((FIXTURES / "published.json").read_text())
 
@@ -48,30 +52,30 @@ def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return fields
 
 
-def published_dims(name: str) -> Dims:
+def published_dims(name: str) -> ModelDims:
     """Dimensions of a published model with its vision tower."""
-    return Dims.from_config(Gemma4Config(**PUBLISHED[name]))
+    return FAMILY.from_config(Gemma4Config(**PUBLISHED[name]))
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_preset_has_the_published_dimensions(name: str) -> None:
     dims = published_dims(name)
-    assert dims.vocab == PUBLISHED_VOCAB
-    assert dataclasses.replace(dims, vision=None) == PRESETS[name].dims()
-    assert match_preset(dims) == name
+    assert dims.sizes["vocab"] == PUBLISHED_VOCAB
+    assert dims.without_vision() == PRESETS[name].dims
+    assert [preset.name for preset in match_presets(dims)] == [name]
 
 
 def test_what_differs_is_named_in_words() -> None:
     dims = published_dims("gemma4-26b")
     layers = [
-        dataclasses.replace(layer, mlp=999) if index in (5, 7) else layer
+        dataclasses.replace(layer, sizes={**layer.sizes, "mlp": 999}) if index in (5, 7) else layer
         for index, layer in enumerate(dims.layers)
     ]
     with pytest.raises(ConfigMismatchError) as raised:
-        make_config(dataclasses.replace(dims, layers=tuple(layers), hidden=2048), None, "here")
+        make_config(dataclasses.replace(dims, layers=tuple(layers)).with_sizes(hidden=2048), None, "here")
     assert (
         "here: these dimensions are no published Gemma 4's, so sliding window, rope and top-k are unknown. Nearest: "
-        "gemma4-26b, which differs in hidden size: 2048 (published 2816); layer 5: full attention, 2 KV heads of 512, "
+        "gemma4-26b, which differs in hidden_size: 2048 (published 2816); layer 5: full attention, 2 KV heads of 512, "
         "keys as values, MLP width 999 (published full attention, 2 KV heads of 512, keys as values, MLP width 2112). "
     ) in str(raised.value)
 
@@ -90,7 +94,7 @@ def test_configuration_is_the_published_one(name: str) -> None:
 
 
 def test_what_transformers_cannot_express_is_named_in_words() -> None:
-    dims = dataclasses.replace(published_dims("gemma4-26b"), vision=None)
+    dims = published_dims("gemma4-26b").without_vision()
     last = dataclasses.replace(dims.layers[0])
     with pytest.raises(ConfigMismatchError) as raised:
         make_config(dataclasses.replace(dims, layers=(*dims.layers[:-1], last)), "gemma4-26b", "here")
@@ -103,8 +107,14 @@ def test_what_transformers_cannot_express_is_named_in_words() -> None:
 
 def test_what_transformers_refuses_is_one_named_error() -> None:
     """A model whose layers all share keys and values with an earlier one: its configuration has no number for them."""
-    dims = dataclasses.replace(published_dims("gemma4-26b"), vision=None)
-    layers = tuple(dataclasses.replace(layer, kv_heads=None, k_eq_v=False) for layer in dims.layers)
+    dims = published_dims("gemma4-26b").without_vision()
+    layers = tuple(
+        LayerDims(
+            {name: size for name, size in layer.sizes.items() if name != "kv_heads"},
+            layer.tags - {"keys", "values"},
+        )
+        for layer in dims.layers
+    )
     dims = dataclasses.replace(dims, layers=layers)
     with pytest.raises(ConfigMismatchError, match=r"here: transformers refuses .*num_key_value_heads"):
         make_config(dims, "gemma4-26b", "here")

@@ -204,7 +204,7 @@ def test_dimensions_near_no_published_model_need_a_name_or_a_configuration() -> 
     with pytest.raises(ConfigMismatchError) as caught:
         checkpoint.hf_config()
     message = str(caught.value)
-    assert "hidden size: 96" in message
+    assert "hidden_size: 96" in message
     assert "model_name" in message
     named = open_checkpoint(cases()["dense_v2"].items, model_name="gemma4-31b").hf_config()
     assert named.sliding_window == 1024

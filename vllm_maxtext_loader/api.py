@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -10,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vllm_maxtext_loader import families
 from vllm_maxtext_loader.checkpoint.find import ItemLocation, locate
 from vllm_maxtext_loader.checkpoint.reader import DecodedRegion, Region, read_regions, trailing_zero_rows
 from vllm_maxtext_loader.checkpoint.storage.path import tensorstore_context
 from vllm_maxtext_loader.checkpoint.tree import EMBEDDING_LEAF, Leaf, Tree, read_tree
-from vllm_maxtext_loader.conversion.convert import BFLOAT16, convert
+from vllm_maxtext_loader.conversion.config_check import VOCAB
+from vllm_maxtext_loader.conversion.convert import convert
 from vllm_maxtext_loader.conversion.plan import Plan, make_plan
-from vllm_maxtext_loader.families.gemma4 import Dims
+from vllm_maxtext_loader.conversion.values import BFLOAT16
 from vllm_maxtext_loader.options import read_budget
 
 if TYPE_CHECKING:
@@ -59,19 +60,20 @@ class Checkpoint:
         """The same checkpoint, planned for a given Hugging Face configuration.
 
         Args:
-            config: transformers Gemma4Config or Gemma4TextConfig.
+            config: a transformers configuration of the model's family.
 
         Raises:
             ConfigMismatchError: the configuration contradicts the shapes.
         """
-        plan = make_plan(self.tree, Dims.from_config(config))
+        wanted = families.dims_of_config(config, self.plan.where)
+        plan = make_plan(self.tree, self.plan.family, wanted)
         return Checkpoint(self.tree, plan, self.model_name, self.concurrent_bytes, configured=True)
 
     def hf_config(self) -> PretrainedConfig:
         """The model's configuration: dimensions from the shapes, the rest from the published preset.
 
         Raises:
-            ConfigMismatchError: the dimensions are near no published Gemma 4 and no model name was given.
+            ConfigMismatchError: no published model, or several, have these dimensions, and no model name was given.
         """
         from vllm_maxtext_loader.huggingface.config import make_config
 
@@ -99,7 +101,7 @@ class Checkpoint:
             self.tree.arrays,
             self.concurrent_bytes,
             plan.where,
-            outer={entry.leaf.key: entry.stack for entry in plan.leaves},
+            outer={entry.leaf.key: entry.scan_axes for entry in plan.leaves},
             needed=needed,
             on_wait=on_wait,
         )
@@ -143,19 +145,17 @@ class Checkpoint:
         """
         if self.configured or self._vocab_known:
             return self.plan
-        from vllm_maxtext_loader.huggingface.config import PUBLISHED_VOCAB, match_preset
+        from vllm_maxtext_loader.huggingface.config import match_presets
 
-        vocab = self.plan.dims.vocab
-        if vocab > PUBLISHED_VOCAB and match_preset(self.plan.dims):
-            vocab = PUBLISHED_VOCAB
-        elif vocab != PUBLISHED_VOCAB:
+        stored = vocab = self.plan.dims.sizes[VOCAB]
+        if matched := {preset.dims.sizes[VOCAB] for preset in match_presets(self.plan.dims)}:
+            vocab = max(matched)
+        elif vocab not in {preset.dims.sizes[VOCAB] for preset in self.plan.family.presets}:
             leaf = self.tree.leaves[".".join(EMBEDDING_LEAF)]
             vocab -= trailing_zero_rows(leaf, self.tree.arrays, self.plan.where)
-        if vocab != self.plan.dims.vocab:
-            logger.info(
-                "Dropping %d padded vocabulary rows of %s", self.plan.dims.vocab - vocab, self.plan.where
-            )
-            self.plan = make_plan(self.tree, dataclasses.replace(self.plan.dims, vocab=vocab))
+        if vocab != stored:
+            logger.info("Dropping %d padded vocabulary rows of %s", stored - vocab, self.plan.where)
+            self.plan = make_plan(self.tree, self.plan.family, self.plan.dims.with_sizes(vocab=vocab))
         self._vocab_known = True
         return self.plan
 
@@ -172,8 +172,8 @@ def open_checkpoint(
     Args:
         path: local path or gs:// URL of an items directory, a step directory or a run's checkpoint directory.
         step: step to take from a run's checkpoint directory; None means the newest committed one.
-        model_name: gemma4-26b, gemma4-31b, gemma4-e2b or gemma4-e4b: which published model to take from what
-            shapes cannot tell (sliding window, rope, top-k); None means chosen by shape.
+        model_name: MaxText's name of the published model (gemma4-26b, qwen3-8b, …) to take from what shapes cannot
+            tell (sliding window, rope, top-k); None means chosen by shape.
         concurrent_gib: GiB of decoded array data in flight at a time; None means chosen by size.
 
     Raises:
@@ -181,7 +181,7 @@ def open_checkpoint(
     """
     location = locate(path, step)
     tree = read_tree(location, tensorstore_context())
-    plan = make_plan(tree)
+    plan = make_plan(tree, families.identify(tree.leaves, str(location.items)))
     chunk = max((entry.leaf.chunk_nbytes for entry in plan.leaves), default=0)
     budget = read_budget(concurrent_gib, plan.nbytes, chunk, len(os.sched_getaffinity(0)))
     return Checkpoint(tree, plan, model_name, budget)

@@ -28,8 +28,8 @@ class Options:
     Attributes:
         checkpoint: path or gs:// URL of the checkpoint; None when `--model` itself names it.
         step: training step to load from a run directory; None means the newest committed one.
-        model_name: MaxText model name that picks the preset of what shapes cannot tell
-            (`gemma4-26b`, `gemma4-31b`, `gemma4-e2b`, `gemma4-e4b`); None means chosen by shape.
+        model_name: MaxText model name (`gemma4-26b`, `qwen3-8b`, …) that picks the preset of what shapes cannot tell;
+            None means chosen by shape.
         fold_expert_scales: multiply `per_expert_scale` into the experts' `down_proj`.
             "auto" folds where the engine does not apply the scale itself (tpu-inference).
         concurrent_gib: bytes of decoded array data in flight at a time, in GiB; None means chosen by size

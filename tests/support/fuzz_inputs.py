@@ -9,17 +9,18 @@ import numpy as np
 from hypothesis import strategies as st
 
 from vllm_maxtext_loader.checkpoint.tree import EMBEDDING_LEAF, Leaf
-from vllm_maxtext_loader.families.gemma4 import CONTAINERS, RULES
+from vllm_maxtext_loader.families import FAMILIES
 
 SIZES = st.one_of(st.integers(0, 9), st.sampled_from([16, 96, 160, 2816, 262_144, 2**31, 2**40, 2**62]))
 SHAPES = st.lists(SIZES, max_size=5).map(tuple)
 DTYPES = st.sampled_from([np.dtype(np.float32), np.dtype(np.float16)])
 PARTS = sorted(
-    {part for rule in RULES for part in rule.leaf.split(".")}
+    {part for family in FAMILIES for row in family.converters for part in row.leaf.split(".")}
     | {
         part
-        for container in CONTAINERS
-        for part in container.pattern.replace("\\", "").split(".")
+        for family in FAMILIES
+        for group in family.groups
+        for part in group.pattern.replace("\\", "").split(".")
         if part.isidentifier()
     }
     | {

@@ -28,7 +28,7 @@ def plan_lines(name: str, items: Path) -> Iterator[str]:
     plan = open_checkpoint(items).plan
     yield f"# {name}: {plan.layout.title}, scan axis {plan.layout.scan_axis}, {plan.layout.num_layers} layers"
     for entry in plan.leaves:
-        yield f"{entry.leaf.key} {list(entry.leaf.shape)} {entry.leaf.dtype} scan axes {list(entry.stack)}"
+        yield f"{entry.leaf.key} {list(entry.leaf.shape)} {entry.leaf.dtype} scan axes {list(entry.scan_axes)}"
         for copy_op in entry.copies:
             yield f"  {list(copy_op.index)} layer {copy_op.layer} -> {copy_op.target}"
     for target in plan.targets.values():

@@ -49,8 +49,8 @@ ModelName = Annotated[
     str | None,
     typer.Option(
         "--model-name",
-        help="gemma4-26b, gemma4-31b, gemma4-e2b or gemma4-e4b: the published model that gives what shapes "
-        "do not tell (sliding window, rope, top-k). Default: the one with the checkpoint's dimensions.",
+        help="MaxText's name of a published model (gemma4-26b, qwen3-8b, …) that gives what shapes do not tell "
+        "(sliding window, rope, top-k). Default: the one with the checkpoint's dimensions.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, to stdout.")]
@@ -132,7 +132,7 @@ def inspect(
                              or a model name
       error                  null, or {type, message}: why it would not load
       values_ok              bool; null without --values
-      model                  {name, published, dims}
+      model                  {family, name, published, candidates, dims}
       layout                 {description, title, scan_axis, blocks, layers}
       wrapper                what wrote it
       storage                {ocdbt, zarr, compression}

@@ -12,10 +12,11 @@ from rich.text import Text
 
 from vllm_maxtext_loader.checkpoint.statistics import ValueStatistics
 from vllm_maxtext_loader.checkpoint.tree import Leaf
+from vllm_maxtext_loader.conversion.config_check import VOCAB
+from vllm_maxtext_loader.conversion.dims import VISION_LAYERS, ModelDims
 from vllm_maxtext_loader.conversion.layout import describe
+from vllm_maxtext_loader.conversion.plan import Plan
 from vllm_maxtext_loader.errors import printable
-from vllm_maxtext_loader.families.gemma4 import Dims
-from vllm_maxtext_loader.huggingface.config import PRESETS, PUBLISHED_VOCAB
 from vllm_maxtext_loader.tools.inspect import Inspection, container_of, count_chunks
 from vllm_maxtext_loader.tools.verify import Report, Row, Status
 
@@ -38,7 +39,7 @@ def show_inspection(console: Console, found: Inspection) -> None:
     if tree.location.step is not None:
         fact("step", str(tree.location.step))
     if plan is not None:
-        fact("model", _model(found, plan.dims))
+        fact("model", _model(found, plan))
         fact("", _dims(plan.dims), "dim")
         fact("layout", describe(plan.layout))
     fact("written by", tree.writer)
@@ -64,31 +65,37 @@ def show_inspection(console: Console, found: Inspection) -> None:
         _show_values(console, {names[key]: values for key, values in found.values.items()})
 
 
-def _model(found: Inspection, dims: Dims) -> str:
+def _model(found: Inspection, plan: Plan) -> str:
+    if found.candidates:
+        return f"{plan.family.title}, one of {', '.join(preset.name for preset in found.candidates)}"
     if found.preset is None:
-        return "Gemma 4 of dimensions that no published model has"
-    name = f"{found.preset} ({PRESETS[found.preset].published})"
-    padding = dims.vocab - PUBLISHED_VOCAB
+        return f"{plan.family.title} of dimensions that no published model has"
+    name = f"{found.preset.name} ({found.preset.published[0]})"
+    padding = plan.dims.sizes[VOCAB] - found.preset.dims.sizes[VOCAB]
     if found.asked is not None:
         return f"taken for {name}, as asked"
     return name + (f", vocabulary padded by {padding} rows" if padding > 0 else "")
 
 
-def _dims(dims: Dims) -> str:
-    layers = dims.layers
-    full = sum(not layer.sliding for layer in layers)
-    parts = [f"{len(layers)} layers ({full} full attention)", f"hidden {dims.hidden}", f"{dims.heads} heads"]
-    parts += [f"head dim {_values(layer.head_dim for layer in layers)}"]
-    parts += [f"KV heads {_values(layer.kv_heads for layer in layers if layer.kv_heads is not None)}"]
-    parts += [f"MLP {_values(layer.mlp for layer in layers)}"]
-    if dims.experts:
-        parts.append(f"{dims.experts} experts of {dims.expert_mlp}")
-    if shared := sum(layer.kv_heads is None for layer in layers):
+def _dims(dims: ModelDims) -> str:
+    layers, sizes = dims.layers, dims.sizes
+    full = sum("sliding" not in layer.tags for layer in layers)
+    parts = [
+        f"{len(layers)} layers ({full} full attention)",
+        f"hidden {sizes['hidden']}",
+        f"{sizes['heads']} heads",
+    ]
+    for axis, what in (("head_dim", "head dim"), ("kv_heads", "KV heads"), ("mlp", "MLP")):
+        values = [layer.sizes[axis] for layer in layers if axis in layer.sizes]
+        parts += [f"{what} {_values(values)}"] if values else []
+    if "experts" in sizes:
+        parts.append(f"{sizes['experts']} experts of {sizes['expert_mlp']}")
+    if shared := sum("kv_heads" not in layer.sizes for layer in layers):
         parts.append(f"{shared} layers share keys and values")
-    if dims.ple:
-        parts.append(f"per-layer embeddings of {dims.ple}")
-    parts.append(f"vocabulary {dims.vocab}")
-    parts.append(f"vision tower of {dims.vision.layers} layers" if dims.vision else "text only")
+    if "ple" in sizes:
+        parts.append(f"per-layer embeddings of {sizes['ple']}")
+    parts.append(f"vocabulary {sizes[VOCAB]}")
+    parts.append(f"vision tower of {sizes[VISION_LAYERS]} layers" if dims.has_vision else "text only")
     return ", ".join(parts)
 
 
@@ -113,9 +120,15 @@ def _verdict(found: Inspection) -> tuple[str, str]:
     if found.needs_config:
         return (
             "yes, with the model's own configuration (--model HF_DIR and the checkpoint in "
-            f"--model-loader-extra-config), or a model_name to take the rest from ({', '.join(PRESETS)})"
+            f"--model-loader-extra-config), or a model_name to take the rest from ({', '.join(_names(found))})"
         ), "yellow"
     return "yes", "green"
+
+
+def _names(found: Inspection) -> list[str]:
+    """Model names that can be given."""
+    presets = found.candidates or (found.plan.family.presets if found.plan else ())
+    return [preset.name for preset in presets]
 
 
 def _show_leaves(console: Console, leaves: Sequence[Leaf]) -> None:

@@ -9,20 +9,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 
-import ml_dtypes
 import numpy as np
 
 from vllm_maxtext_loader.checkpoint.reader import DecodedRegion, Region
 from vllm_maxtext_loader.conversion.plan import CopyOp, LeafConversion, Plan, TensorSpec
-from vllm_maxtext_loader.conversion.rearrange import (
-    fold_expert_scale,
-    round_to,
-    to_float32,
-    unscale_embedding,
-)
-from vllm_maxtext_loader.families.gemma4 import Value
-
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+from vllm_maxtext_loader.conversion.values import BFLOAT16, fold_expert_scale, round_to, to_float32
 
 
 class ScaleStore:
@@ -49,7 +40,7 @@ def layer_of(
     Returns:
         (values, region without the stacked axes), None where the region does not reach the layer.
     """
-    where = dict(zip(entry.stack, copy_op.index, strict=True))
+    where = dict(zip(entry.scan_axes, copy_op.index, strict=True))
     selection: list[int | slice] = []
     rest: list[slice] = []
     for axis, part in enumerate(decoded.region):
@@ -63,25 +54,76 @@ def layer_of(
     return decoded.array[tuple(selection)], tuple(rest)
 
 
-def transform(
-    entry: LeafConversion, copy_op: CopyOp, values: np.ndarray, region: Region, fold: bool, scales: ScaleStore
-) -> tuple[np.ndarray, Region]:
-    """What happens to the values, as the table says; moving them is left to the caller.
+def locate(
+    entry: LeafConversion, copy_op: CopyOp, values: np.ndarray, region: Region
+) -> Iterator[tuple[np.ndarray, Region]]:
+    """Where the values of a region belong in the leaf as Hugging Face orders it; nothing is computed or copied.
 
-    Returns:
-        values (float32 where they were computed with, untouched otherwise) and the region they fill.
+    Args:
+        entry: the leaf.
+        copy_op: the layer.
+        values, region: from `layer_of`.
+
+    Yields:
+        (values, region): without the writer's padding; rotary pairs that are stored next to each other come as two
+        regions, first halves and second halves.
     """
-    match entry.rule.value:
-        case Value.UNSCALE_EMBEDDING:
-            rows = slice(region[0].start, min(region[0].stop, copy_op.sizes["V"]))
-            values = values[: max(0, rows.stop - rows.start)]
-            return unscale_embedding(values, copy_op.sizes["H"]), (rows, *region[1:])
-        case Value.EXPERT_SCALE if fold:
-            scales.put(copy_op.layer, copy_op.sizes["E"], region[0], values)
-            return np.ones_like(values), region
-        case Value.EXPERT_OUTPUT if fold:
-            return fold_expert_scale(values, scales.get(copy_op.layer, region[0])), region
-    return values, region
+    converter, sizes = entry.converter, copy_op.sizes
+    if (axis := converter.padded_axis()) is not None:
+        kept = slice(region[axis].start, min(region[axis].stop, sizes[converter.padded or ""]))
+        if kept.start >= kept.stop:
+            return
+        values = values[(slice(None),) * axis + (slice(kept.stop - kept.start),)]
+        region = (*region[:axis], kept, *region[axis + 1 :])
+    if not copy_op.pairs:
+        yield values, region
+        return
+    axis = converter.rearrange.maxtext_axes.index("head_dim")
+    start, stop, half = region[axis].start, region[axis].stop, sizes["head_dim"] // 2
+    for part in (0, 1):
+        # Element 2i + part of a head becomes element i + part * half.
+        first = (start - part + 1) // 2
+        count = (stop - part + 1) // 2 - first
+        if count > 0:
+            picked = (slice(None),) * axis + (slice(2 * first + part - start, None, 2),)
+            there = slice(part * half + first, part * half + first + count)
+            yield values[picked], (*region[:axis], there, *region[axis + 1 :])
+
+
+def compute(
+    entry: LeafConversion,
+    copy_op: CopyOp,
+    values: np.ndarray,
+    experts: slice,
+    fold: bool,
+    scales: ScaleStore,
+) -> np.ndarray:
+    """What happens to the values, as the table says: float32 where something is computed, untouched otherwise.
+
+    Args:
+        entry: the leaf.
+        copy_op: the layer.
+        values: from `locate`.
+        experts: their range along the leaf's first axis; of experts where the leaf is theirs.
+        fold: whether the scale per expert is multiplied into the experts' output.
+        scales: kept scales.
+    """
+    converter = entry.converter
+    if fold and converter.fold == "scale":
+        return np.ones_like(values)
+    if fold and converter.fold == "output":
+        return fold_expert_scale(values, scales.get(copy_op.layer, experts))
+    return converter.to_hf(values, copy_op.sizes)
+
+
+def keep_scales(entry: LeafConversion, decoded: DecodedRegion, scales: ScaleStore) -> None:
+    """Keeps the scales per expert of a region for folding; a region of any other leaf is passed over."""
+    if entry.converter.fold != "scale":
+        return
+    for copy_op in entry.copies:
+        if (found := layer_of(entry, copy_op, decoded)) is not None:
+            values, region = found
+            scales.put(copy_op.layer, copy_op.sizes["experts"], region[0], values)
 
 
 def convert(
@@ -111,16 +153,19 @@ def convert(
     for decoded in regions:
         started = time.perf_counter()
         entry = by_key[decoded.leaf.key]
+        if fold_expert_scales:
+            keep_scales(entry, decoded, scales)
         for copy_op in entry.copies:
             target = plan.targets[copy_op.target]
             if copy_op.target not in filling:
-                wanted = dtype or target.dtype
+                wanted = target.dtype if dtype is None or target.keep_dtype else dtype
                 made = np.empty(target.shape, wanted) if allocate is None else allocate(target, wanted)
                 filling[copy_op.target] = made
             if (found := layer_of(entry, copy_op, decoded)) is None:
                 continue
-            values, region = transform(entry, copy_op, *found, fold_expert_scales, scales)
-            assign(entry.rule.move.view(filling[copy_op.target], copy_op.sizes)[region], values)
+            view = entry.converter.rearrange.view(filling[copy_op.target], copy_op.sizes)
+            for values, region in locate(entry, copy_op, *found):
+                assign(view[region], compute(entry, copy_op, values, region[0], fold_expert_scales, scales))
         if on_region is not None:
             on_region(decoded, time.perf_counter() - started)
         if not decoded.last:

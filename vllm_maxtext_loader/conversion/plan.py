@@ -14,6 +14,8 @@ import numpy as np
 
 from vllm_maxtext_loader.checkpoint.tree import Leaf, Tree
 from vllm_maxtext_loader.conversion.config_check import reconcile
+from vllm_maxtext_loader.conversion.dims import ModelDims
+from vllm_maxtext_loader.conversion.family import Family, Scope, WeightConverter
 from vllm_maxtext_loader.conversion.infer import read_dims
 from vllm_maxtext_loader.conversion.layout import Layout, MatchedLeaf, describe, read_layouts
 from vllm_maxtext_loader.errors import (
@@ -23,7 +25,6 @@ from vllm_maxtext_loader.errors import (
     UnknownLeafError,
     WrongShapeError,
 )
-from vllm_maxtext_loader.families.gemma4 import DIMENSIONS, RULES, Dims, Rule, Scope, Value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +36,16 @@ class TensorSpec:
         shape: exact shape.
         dtype: stored dtype of the leaves it is made of.
         leaves: keys of those leaves.
+        keep_dtype: never cast.
+        expert_names: full published names of its parts per expert, with "{e}"; () where it is published whole.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype
     leaves: tuple[str, ...]
+    keep_dtype: bool = False
+    expert_names: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -56,13 +61,15 @@ class CopyOp:
         target: Hugging Face name.
         index: position along the leaf's stacked axes; () where nothing is stacked.
         layer: number of the layer, 0 outside of layers.
-        sizes: size of every axis name of the rule's pattern.
+        sizes: size of every axis name of the converter's pattern.
+        pairs: whether rotary pairs are stored next to each other, and are moved apart.
     """
 
     target: str
     index: tuple[int, ...]
     layer: int
     sizes: Mapping[str, int] = dataclasses.field(repr=False)
+    pairs: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,14 +78,14 @@ class LeafConversion:
 
     Attributes:
         leaf: the stored array.
-        rule: the row of the table it is.
-        stack: positions of its stacked axes.
-        writes: one per layer in it.
+        converter: the row of the table it is.
+        scan_axes: positions of its stacked axes.
+        copies: one per layer in it.
     """
 
     leaf: Leaf
-    rule: Rule
-    stack: tuple[int, ...]
+    converter: WeightConverter
+    scan_axes: tuple[int, ...]
     copies: tuple[CopyOp, ...]
 
 
@@ -98,11 +105,16 @@ class Plan:
 
     where: str
     layout: Layout
-    dims: Dims
+    dims: ModelDims
     targets: Mapping[str, TensorSpec]
     leaves: tuple[LeafConversion, ...]
     unused: tuple[tuple[Leaf, str], ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def family(self) -> Family:
+        """The model's family."""
+        return self.layout.family
 
     @property
     def nbytes(self) -> int:
@@ -110,19 +122,20 @@ class Plan:
         return sum(entry.leaf.nbytes for entry in self.leaves)
 
 
-def make_plan(tree: Tree, wanted: Dims | None = None) -> Plan:
+def make_plan(tree: Tree, family: Family, wanted: ModelDims | None = None) -> Plan:
     """Plans the conversion of a tree.
 
     Args:
         tree: the checkpoint's leaves.
+        family: the family they are of.
         wanted: dimensions that a given Hugging Face configuration demands; None takes the checkpoint's.
 
     Raises:
-        UnknownModelError, UnknownLeafError, LayoutError, MissingLeafError, WrongShapeError, ConfigMismatchError:
+        UnknownLeafError, LayoutError, MissingLeafError, WrongShapeError, ConfigMismatchError:
             see each; all from metadata.
     """
     where = str(tree.location.items)
-    layouts = read_layouts(tree.leaves.values(), where)
+    layouts = read_layouts(tree.leaves.values(), family, where)
     if len(layouts) == 1:
         return _plan(layouts[0], wanted, where)
     plans: list[Plan] = []
@@ -137,7 +150,7 @@ def make_plan(tree: Tree, wanted: Dims | None = None) -> Plan:
     if not plans:
         raise failures[0]
     readings = "; ".join(
-        f"(param_scan_axis {plan.layout.scan_axis}) {describe(plan.layout)}, hidden size {plan.dims.hidden}"
+        f"(param_scan_axis {plan.layout.scan_axis}) {describe(plan.layout)}, hidden size {plan.dims.sizes['hidden']}"
         for plan in plans
     )
     raise LayoutError(
@@ -146,18 +159,21 @@ def make_plan(tree: Tree, wanted: Dims | None = None) -> Plan:
     )
 
 
-def _plan(layout: Layout, wanted: Dims | None, where: str) -> Plan:
+def _plan(layout: Layout, wanted: ModelDims | None, where: str) -> Plan:
+    family = layout.family
     found = read_dims(layout, where)
     notes: list[str] = []
     unused: list[tuple[Leaf, str]] = []
-    placed: list[MatchedLeaf] = list(layout.placed)
+    matched: list[MatchedLeaf] = list(layout.leaves)
     if wanted is None:
         dims = found
     else:
-        found, wanted, notes = reconcile(found, wanted, where)
-        if found.vision is None:
-            vision = [entry for entry in placed if entry.rule.scope in (Scope.VISION, Scope.VISION_LAYER)]
-            placed = [entry for entry in placed if entry not in vision]
+        found, wanted, notes = reconcile(family, found, wanted, where)
+        if not found.has_vision:
+            vision = [
+                entry for entry in matched if entry.converter.scope in (Scope.VISION, Scope.VISION_LAYER)
+            ]
+            matched = [entry for entry in matched if entry not in vision]
             unused += [(entry.leaf, "vision tower; the configuration is text-only") for entry in vision]
         dims = wanted
     dtypes: dict[str, np.dtype] = {}
@@ -165,16 +181,19 @@ def _plan(layout: Layout, wanted: Dims | None, where: str) -> Plan:
     sources: dict[str, list[str]] = {}
     leaves: list[LeafConversion] = []
     surplus: list[str] = []
-    for entry in placed:
+    kept: set[str] = set()
+    per_expert: dict[str, tuple[str, ...]] = {}
+    for entry in matched:
         copies: list[CopyOp] = []
-        _check_shape(entry, dims, where)
+        pairs = entry.converter.pairs is not None and dims.has(entry.converter.pairs)
+        _check_shape(entry, family, dims, where)
         for index in np.ndindex(entry.layers.shape):
             layer = int(entry.layers[index])
-            if not dims.demands(entry.rule, layer):
+            if not family.demands(dims, entry.converter, layer):
                 surplus.append(f"{entry.leaf.key} (layer {layer})")
                 continue
-            name = dims.hf_name(entry.rule, layer)
-            part = entry.rule.move.part
+            name = family.hf_name(dims, entry.converter, layer)
+            part = entry.converter.rearrange.part
             have = parts.setdefault(name, set())
             if part in have or None in have or (part is None and have):
                 raise UnknownLeafError(
@@ -185,21 +204,29 @@ def _plan(layout: Layout, wanted: Dims | None, where: str) -> Plan:
             # bfloat16 and float16 have no common type but float32.
             same = dtypes.get(name, entry.leaf.dtype) == entry.leaf.dtype
             dtypes[name] = entry.leaf.dtype if same else np.dtype(np.float32)
-            copies.append(CopyOp(name, index, layer, dims.sizes(entry.rule.scope, layer)))
-        leaves.append(LeafConversion(entry.leaf, entry.rule, entry.stack, tuple(copies)))
+            sizes = family.sizes(dims, entry.converter.scope, layer)
+            copies.append(CopyOp(name, index, layer, sizes, pairs))
+            if entry.converter.keep_dtype:
+                kept.add(name)
+            if names := entry.converter.expert_names:
+                prefix = name.removesuffix(entry.converter.hf)
+                per_expert[name] = tuple(prefix + published for published in names)
+        leaves.append(LeafConversion(entry.leaf, entry.converter, entry.scan_axes, tuple(copies)))
     if surplus:
         raise UnknownLeafError(
             f"{where}: has leaves that the model has no place for: {_some(surplus)}. The configuration says that these "
             f"layers share keys and values, use keys as values, or have no experts."
         )
-    shapes = dict(dims.hf_shapes())
-    _check_complete(shapes, parts, dims, where)
+    shapes = dict(family.hf_shapes(dims))
+    _check_complete(shapes, parts, family, dims, where)
     return Plan(
         where=where,
         layout=layout,
         dims=dims,
         targets={
-            name: TensorSpec(name, shape, dtypes[name], tuple(sources[name]))
+            name: TensorSpec(
+                name, shape, dtypes[name], tuple(sources[name]), name in kept, per_expert.get(name, ())
+            )
             for name, shape in shapes.items()
         },
         leaves=tuple(leaves),
@@ -208,47 +235,47 @@ def _plan(layout: Layout, wanted: Dims | None, where: str) -> Plan:
     )
 
 
-def _check_shape(entry: MatchedLeaf, dims: Dims, where: str) -> None:
+def _check_shape(entry: MatchedLeaf, family: Family, dims: ModelDims, where: str) -> None:
     """Refuses a leaf whose shape is not the one the dimensions demand.
 
     Raises:
         WrongShapeError: with the leaf, the shape expected and the shape found.
     """
-    leaf, move = entry.leaf, entry.rule.move
+    leaf, converter = entry.leaf, entry.converter
+    rearrange, padded = converter.rearrange, converter.padded_axis()
+    # All layers of one leaf have one shape; two kinds of layer in it would show in a later one.
+    seen: list[Mapping[str, int]] = []
     for index in np.ndindex(entry.layers.shape):
-        sizes = dims.sizes(entry.rule.scope, int(entry.layers[index]))
-        if any(name not in sizes for name in move.maxtext_axes if name != "1"):
+        sizes = family.sizes(dims, converter.scope, int(entry.layers[index]))
+        if sizes in seen:
+            continue
+        seen.append(sizes)
+        if any(name not in sizes for name in rearrange.maxtext_axes if name != "1"):
             return  # A leaf of a kind the model has none of: the plan says so.
-        expected = move.maxtext_shape(sizes)
-        actual = entry.layer_shape
-        if entry.rule.value is Value.UNSCALE_EMBEDDING and len(actual) == 2 and actual[0] >= expected[0]:
-            actual = (expected[0], actual[1])  # MaxText pads the vocabulary at the end.
-        stacked = len(leaf.shape) == len(expected) + len(entry.stack)
+        expected = list(rearrange.maxtext_shape(sizes))
+        actual = list(entry.layer_shape)
+        if padded is not None and len(actual) == len(expected) and actual[padded] >= expected[padded]:
+            actual[padded] = expected[padded]  # MaxText pads the vocabulary at the end.
+        stacked = len(leaf.shape) == len(expected) + len(entry.scan_axes)
         if not stacked or actual != expected:
             full = list(expected)
-            for position, size in zip(entry.stack, entry.layers.shape, strict=True):
+            for position, size in zip(entry.scan_axes, entry.layers.shape, strict=True):
                 full.insert(position, size)
             axes = ", ".join(
-                f"{name} = {DIMENSIONS[name]}" for name in move.maxtext_axes if name in DIMENSIONS
+                f"{name} = {family.axes[name]}" for name in rearrange.maxtext_axes if name in family.axes
             )
             raise WrongShapeError(
                 f"{where}: leaf {leaf.key} has shape {list(leaf.shape)}, expected {full} "
-                f"({' '.join(move.maxtext_axes)}{' stacked' if entry.stack else ''}; {axes})."
+                f"({' '.join(rearrange.maxtext_axes)}{' stacked' if entry.scan_axes else ''}; {axes})."
             )
-        # All layers of one leaf have one shape; two kinds of layer in it would show in the second.
-        if (
-            len(
-                {dims.layers[int(layer)] for layer in entry.layers.flat}
-                if entry.rule.scope is Scope.LAYER
-                else ()
-            )
-            <= 1
-        ):
-            return
 
 
 def _check_complete(
-    shapes: Mapping[str, tuple[int, ...]], parts: Mapping[str, set[int | None]], dims: Dims, where: str
+    shapes: Mapping[str, tuple[int, ...]],
+    parts: Mapping[str, set[int | None]],
+    family: Family,
+    dims: ModelDims,
+    where: str,
 ) -> None:
     """Refuses a checkpoint that lacks a tensor, or a part of one.
 
@@ -256,11 +283,11 @@ def _check_complete(
         MissingLeafError: with the Hugging Face names and the MaxText leaves they come from.
     """
     wanted_parts: dict[str, dict[int | None, list[str]]] = {}
-    for rule in RULES:
-        for index in dims.repeats(rule.scope):
-            if dims.demands(rule, index):
-                name = dims.hf_name(rule, index)
-                wanted_parts.setdefault(name, {}).setdefault(rule.move.part, []).append(rule.leaf)
+    for row in family.converters:
+        for index in family.repeats(dims, row.scope):
+            if family.demands(dims, row, index):
+                name = family.hf_name(dims, row, index)
+                wanted_parts.setdefault(name, {}).setdefault(row.rearrange.part, []).append(row.leaf)
     missing: list[str] = []
     for name in shapes:
         have = parts.get(name, set())

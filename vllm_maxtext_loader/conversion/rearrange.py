@@ -1,13 +1,9 @@
-"""The few ways in which a MaxText array becomes a Hugging Face one: pure functions, each with an inverse.
+"""Moving a leaf's values: one operation, `Rearrange`, with its inverse.
 
-Moving data is one operation, `Rearrange`, written like einops: "H N D -> (N D) H" reads "hidden,
-query heads, head dim becomes a matrix of (heads x head dim) rows". Upper-case names are the model's
-dimensions (see `gemma4.DIMENSIONS`). Its inverse is a *view* of the Hugging Face tensor in MaxText's
-axis order, so that a stored chunk is written to its place by one assignment, whatever the chunk's
-extent, and nothing is ever held twice.
-
-Changing values happens in exactly three places: the embedding's scale, the expert scale that
-tpu-inference does not apply, and the one rounding to the engine's dtype. All three are in float32.
+A pattern is written as for einops: "hidden heads head_dim -> (heads head_dim) hidden" says that the query kernel becomes
+a matrix of (heads x head_dim) rows. Names are axes of the family (`Family.axes`). The inverse is a *view* of the Hugging
+Face tensor in MaxText's axis order, so that any region of a stored chunk is written by one assignment, whatever its
+extent, and nothing is held twice.
 """
 
 from __future__ import annotations
@@ -15,13 +11,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Mapping
 
 import einops
 import numpy as np
 
 PART = "part"
-"""Name of the axis that numbers the regions stored as separate leaves: 0 = gate, 1 = up."""
+"""Name of the axis that numbers the parts stored as separate leaves: 0 = gate, 1 = up."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +27,7 @@ class Rearrange:
 
     Attributes:
         pattern: "MaxText axes -> Hugging Face axes", einops notation.
-        part: which region of the Hugging Face tensor's `part` axis the leaf is; None for all of it.
+        part: which part of the Hugging Face tensor's `part` axis the leaf is; None for all of it.
         parts: length of the `part` axis.
     """
 
@@ -42,6 +39,12 @@ class Rearrange:
     def maxtext_axes(self) -> tuple[str, ...]:
         """Names of the leaf's axes, in order."""
         return tuple(self.pattern.partition("->")[0].replace("(", " ").replace(")", " ").split())
+
+    @functools.cached_property
+    def hf_axes(self) -> tuple[tuple[str, ...], ...]:
+        """Names of the axes that each axis of the Hugging Face tensor is made of, in order."""
+        groups = re.findall(r"\(([^)]*)\)|(\S+)", self._sides[1])
+        return tuple(tuple((group or single).split()) for group, single in groups)
 
     @functools.cached_property
     def _sides(self) -> tuple[str, str]:
@@ -103,51 +106,3 @@ def _shape(side: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
         else:
             (shape if group is None else group).append(1 if token == "1" else sizes[token])
     return tuple(shape)
-
-
-def scale_embedding(embedding: np.ndarray, hidden_size: int) -> np.ndarray:
-    """What MaxText stores: bf16(float32(x) * float32(sqrt(hidden size))).
-
-    Source: MaxText 0.2.5 checkpoint_conversion/utils/param_mapping.py, Gemma 4 embedding hook.
-    """
-    return round_to(to_float32(embedding) * _root(hidden_size), embedding.dtype)
-
-
-def unscale_embedding(stored: np.ndarray, hidden_size: int) -> np.ndarray:
-    """The embedding before MaxText scaled it, in float32 (unrounded).
-
-    bf16 values are not recovered exactly in 8-15 % of cases, whatever is done: several of them map
-    to the same stored value. Scaling the result again gives the stored value for over 99 %.
-    """
-    return to_float32(stored) / _root(hidden_size)
-
-
-def fold_expert_scale(down_proj: np.ndarray, per_expert_scale: np.ndarray) -> np.ndarray:
-    """Experts' output matrices times their scale, in float32 (unrounded).
-
-    Args:
-        down_proj: [E, ...]; expert axis first, as MaxText's `wo`.
-        per_expert_scale: [E].
-    """
-    scale = to_float32(per_expert_scale)
-    return to_float32(down_proj) * scale.reshape(-1, *([1] * (down_proj.ndim - 1)))
-
-
-def unfold_expert_scale(folded: np.ndarray, per_expert_scale: np.ndarray) -> np.ndarray:
-    """Inverse of `fold_expert_scale` for non-zero scales, in float32."""
-    scale = to_float32(per_expert_scale)
-    return to_float32(folded) / scale.reshape(-1, *([1] * (folded.ndim - 1)))
-
-
-def to_float32(array: np.ndarray) -> np.ndarray:
-    """Exact widening."""
-    return array.astype(np.float32)
-
-
-def round_to(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """The one rounding (to nearest even); no copy where the dtype is right already."""
-    return array.astype(dtype, copy=False)
-
-
-def _root(hidden_size: int) -> np.float32:
-    return np.float32(math.sqrt(hidden_size))

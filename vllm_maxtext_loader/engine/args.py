@@ -43,16 +43,19 @@ def make_model_config(args: EngineArgs, create: Callable[[], ModelConfig]) -> Mo
     Raises:
         MaxTextLoadError: the checkpoint cannot be served; in the user's terminal, before a process is started.
     """
+    from vllm_maxtext_loader import families
     from vllm_maxtext_loader.conversion.config_check import reconcile
-    from vllm_maxtext_loader.families.gemma4 import Dims
 
     checkpoint = prepare(args)
     model_config = create()
     if _serve_as_text(args, checkpoint, model_config):
         model_config = create()
     refuse_unsupported_model(model_config)
-    reconcile(checkpoint.dims, Dims.from_config(model_config.hf_config), checkpoint.items)
-    warn_without_bos(model_config)
+    wanted = families.dims_of_config(model_config.hf_config, checkpoint.items)
+    family = families.by_name(checkpoint.dims.family)
+    reconcile(family, checkpoint.dims, wanted, checkpoint.items)
+    if family.begins_with_bos:
+        warn_without_bos(model_config, family.title)
     return model_config
 
 
@@ -104,7 +107,7 @@ def _check_model_impl() -> None:
     asked = os.environ.get("MODEL_IMPL_TYPE", "auto").lower()
     if asked not in ("auto", "vllm", ""):
         raise EngineError(
-            f"MODEL_IMPL_TYPE={asked}: --load-format maxtext loads into vLLM's own Gemma 4 (torchax), not into "
+            f"MODEL_IMPL_TYPE={asked}: --load-format maxtext loads into vLLM's own model (torchax), not into "
             f"tpu-inference's JAX model, whose parameters have other names and layouts. Unset MODEL_IMPL_TYPE, or set it "
             f"to vllm."
         )
@@ -177,26 +180,31 @@ def _serve_as_text(args: EngineArgs, checkpoint: Probe, model_config: ModelConfi
     Returns:
         True where `hf_overrides` was changed and the configuration must be made again.
     """
+    from vllm_maxtext_loader import families
+
     config = model_config.hf_config
-    if checkpoint.dims.vision is not None or getattr(config, "vision_config", None) is None:
+    if checkpoint.dims.has_vision or getattr(config, "vision_config", None) is None:
         return False
-    if config.architectures == ["Gemma4ForCausalLM"]:
+    family = families.of_model_type(config.model_type, checkpoint.items)
+    text_architecture = next(iter(family.architectures.values()))
+    if config.architectures == [text_architecture]:
         return False
     if callable(args.hf_overrides):
         raise EngineError(
             f"{checkpoint.items}: has no vision tower, but the configuration has. Let hf_overrides set "
-            f'architectures to ["Gemma4ForCausalLM"].'
+            f'architectures to ["{text_architecture}"].'
         )
     logger.warning(
-        "%s has no vision tower: serving text only (Gemma4ForCausalLM), though the configuration is multimodal.",
+        "%s has no vision tower: serving text only (%s), though the configuration is multimodal.",
         checkpoint.items,
+        text_architecture,
     )
-    args.hf_overrides = {**args.hf_overrides, "architectures": ["Gemma4ForCausalLM"]}
+    args.hf_overrides = {**args.hf_overrides, "architectures": [text_architecture]}
     return True
 
 
-def warn_without_bos(model_config: ModelConfig) -> None:
-    """Says once if completion prompts will start without <bos>, which Gemma 4 was trained to see first.
+def warn_without_bos(model_config: ModelConfig, family: str) -> None:
+    """Says once if completion prompts will start without <bos>, which the family was trained to see first.
 
     vLLM encodes them as the tokenizer does by itself (chat templates write <bos>): the published tokenizers add it, one that was
     saved for training may not.
@@ -210,10 +218,11 @@ def warn_without_bos(model_config: ModelConfig) -> None:
     bos = getattr(tokenizer, "bos_token_id", None)
     if bos is None or tokenizer.encode("a")[:1] != [bos]:
         logger.warning_once(
-            "Tokenizer %s does not put <bos> before a completion prompt. Gemma 4 was trained with it and answers badly "
+            "Tokenizer %s does not put <bos> before a completion prompt. %s was trained with it and answers badly "
             "without: begin prompts with <bos>, or give the tokenizer of the published model. Chat completions are as their "
             "template writes them.",
             model_config.tokenizer,
+            family,
         )
 
 
@@ -234,7 +243,7 @@ def processor_files(args: EngineArgs, checkpoint: Probe) -> list[Path]:
     Raises:
         EngineError: the tokenizer's repository cannot be downloaded.
     """
-    if checkpoint.dims.vision is None or args.tokenizer is None:
+    if not checkpoint.dims.has_vision or args.tokenizer is None:
         return []
     from huggingface_hub import snapshot_download
 
@@ -304,7 +313,7 @@ def write_config_dir(checkpoint: Probe, model_name: str | None, beside: Sequence
         ) from error
     logger.info(
         "Configuration read from the checkpoint's shapes; what they cannot tell (sliding window, rope, top-k) is %s's: %s",
-        choose_preset(checkpoint.dims, model_name, checkpoint.items),
+        choose_preset(checkpoint.dims, model_name, checkpoint.items).name,
         path,
     )
     return directory

@@ -47,7 +47,7 @@ def _unchanged(regions: Iterator[DecodedRegion]) -> Iterator[DecodedRegion]:
 
 
 class MaxTextModelLoader(BaseModelLoader):
-    """Loads vLLM's Gemma 4 from a MaxText checkpoint."""
+    """Loads vLLM's own model from a MaxText checkpoint."""
 
     def __init__(self, load_config: LoadConfig) -> None:
         super().__init__(load_config)
@@ -82,7 +82,7 @@ class MaxTextModelLoader(BaseModelLoader):
         checkpoint = getattr(self, "_checkpoint", None) or self._open(model_config)
         started = time.perf_counter()
         fold = self._fold_expert_scales(checkpoint)
-        wanted = _weights_of(model)
+        wanted = _weights_of(model, checkpoint.plan.family.buffers)
         watch = self._checksum_filter(checkpoint)
         given: set[str] = set()
         filled: set[str] = set()
@@ -163,7 +163,7 @@ class MaxTextModelLoader(BaseModelLoader):
     def _fold_expert_scales(self, checkpoint: Checkpoint) -> bool:
         """Whether per_expert_scale goes into down_proj; says what was decided and why."""
         asked = self.options.fold_expert_scales
-        if checkpoint.plan.dims.experts is None:
+        if not any(entry.converter.fold for entry in checkpoint.plan.leaves):
             return False
         if asked != "auto":
             logger.info(
@@ -279,10 +279,11 @@ class LoadProgress:
             skipped += f"; read {_gib(self.read)}, what this process's devices hold a part of"
         place = max(0.0, seconds - self.waited - self.converted)
         logger.info(
-            "Loaded %s%s: Gemma 4 (%s), %s, %d leaves into %d tensors, %s in %.1f s (%s/s): waiting for "
+            "Loaded %s%s: %s (%s), %s, %d leaves into %d tensors, %s in %.1f s (%s/s): waiting for "
             "storage and decoding %.1f s, converting %.1f s, placing %.1f s; peak host memory %s%s.",
             tree.location.items,
             step,
+            plan.family.title,
             describe(plan.layout),
             tree.writer,
             len(plan.leaves),
@@ -315,10 +316,10 @@ def _record_names(
         yield name, tensor
 
 
-def _weights_of(model: nn.Module) -> set[str]:
-    """Names of everything a checkpoint must fill: parameters (tied ones once) and the layer_scalar buffers."""
+def _weights_of(model: nn.Module, buffers: tuple[str, ...]) -> set[str]:
+    """Names of everything a checkpoint must fill: parameters (tied ones once), and buffers with these endings."""
     names = {name for name, _ in model.named_parameters()}
-    return names | {name for name, _ in model.named_buffers() if name.endswith("layer_scalar")}
+    return names | {name for name, _ in model.named_buffers() if name.endswith(buffers)} if buffers else names
 
 
 def _check_complete(checkpoint: Checkpoint, wanted: set[str], loaded: set[str], given: set[str]) -> None:

@@ -13,7 +13,7 @@ import sys
 
 from vllm_maxtext_loader import errors
 from vllm_maxtext_loader.checkpoint.storage.retry import TIMEOUT_VARIABLE, no_progress_seconds
-from vllm_maxtext_loader.families.gemma4 import Dims, LayerDims, VisionDims
+from vllm_maxtext_loader.conversion.dims import ModelDims
 
 _MARK = "vllm-maxtext-probe "
 
@@ -31,7 +31,7 @@ class Probe:
     """
 
     items: str
-    dims: Dims
+    dims: ModelDims
 
 
 def probe(source: str, step: int | None, *, trim: bool) -> Probe:
@@ -69,10 +69,7 @@ def probe(source: str, step: int | None, *, trim: bool) -> Probe:
     if "error" in found:
         kind = getattr(errors, found["error"], errors.MaxTextLoadError)
         raise kind(found["message"])
-    dims = found["dims"]
-    vision = dims.pop("vision")
-    layers = tuple(LayerDims(**layer) for layer in dims.pop("layers"))
-    return Probe(found["items"], Dims(**dims, layers=layers, vision=VisionDims(**vision) if vision else None))
+    return Probe(found["items"], ModelDims.from_json(found["dims"]))
 
 
 def answer() -> None:
@@ -83,7 +80,7 @@ def answer() -> None:
     try:
         checkpoint = open_checkpoint(request["path"], step=request["step"])
         dims = (checkpoint.trimmed_plan() if request["trim"] else checkpoint.plan).dims
-        found: dict[str, object] = {"items": checkpoint.location.items.url, "dims": dataclasses.asdict(dims)}
+        found: dict[str, object] = {"items": checkpoint.location.items.url, "dims": dims.to_json()}
     except errors.MaxTextLoadError as error:
         found = {"error": type(error).__name__, "message": str(error)}
     print(_MARK + json.dumps(found), flush=True)

@@ -9,7 +9,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_maxtext_loader.errors import ConfigMismatchError, HuggingFaceDirectoryError
+from vllm_maxtext_loader import families
+from vllm_maxtext_loader.errors import HuggingFaceDirectoryError
 from vllm_maxtext_loader.huggingface.config import config_classes
 from vllm_maxtext_loader.huggingface.safetensors_files import HfTensor, read_header
 
@@ -155,16 +156,14 @@ def read_config(file: Path) -> PretrainedConfig:
 
     Raises:
         HuggingFaceDirectoryError: it cannot be read, or transformers cannot make sense of it.
-        ConfigMismatchError: it is not Gemma 4's.
-        EngineError: the installed transformers does not have Gemma 4.
+        ConfigMismatchError: it is of no family that this version knows.
+        EngineError: the installed transformers does not have the family.
     """
     raw = read_json(file)
-    classes = config_classes()
-    found = raw.get("model_type")
-    if found not in classes:
-        raise ConfigMismatchError(f"{file}: model_type is {found!r}, expected one of {', '.join(classes)}.")
+    found = str(raw.get("model_type"))
+    config_class = config_classes(families.of_model_type(found, str(file)))[found]
     try:
-        return classes[found].from_dict(raw)
+        return config_class.from_dict(raw)
     except Exception as error:  # transformers validates with several libraries, each with errors of its own.
         detail = " ".join(str(error).split())[:400]
         raise HuggingFaceDirectoryError(

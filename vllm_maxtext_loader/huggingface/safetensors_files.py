@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,9 @@ def read_header(file: Path) -> list[HfTensor]:
 
 
 def create_file(
-    file: Path, tensors: Iterable[tuple[str, tuple[int, ...], np.dtype]]
+    file: Path,
+    tensors: Iterable[tuple[str, tuple[int, ...], np.dtype]],
+    parts: Mapping[str, Sequence[tuple[str, tuple[int, ...]]]] | None = None,
 ) -> tuple[np.memmap, dict[str, np.ndarray]]:
     """Makes a file at full size, with its header and without its data.
 
@@ -96,6 +98,7 @@ def create_file(
     Args:
         file: to be made; must not exist.
         tensors: name, shape and dtype of each.
+        parts: by name, the names and shapes under which a tensor's memory is stored instead, in order.
 
     Returns:
         The mapped file, and each tensor's place in it by name.
@@ -109,7 +112,15 @@ def create_file(
     # Wider dtypes first, as the safetensors library has it: every tensor is then aligned to its own items.
     for name, shape, dtype in sorted(tensors, key=lambda tensor: -tensor[2].itemsize):
         begin, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        at = begin
+        for part, part_shape in (parts or {}).get(name, [(name, shape)]):
+            after = at + math.prod(part_shape) * dtype.itemsize
+            header[part] = {
+                "dtype": _DTYPE_NAMES[dtype],
+                "shape": list(part_shape),
+                "data_offsets": [at, after],
+            }
+            at = after
         regions[name] = begin, end, shape, dtype
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)

@@ -26,10 +26,12 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from vllm_maxtext_loader.api import Checkpoint
 from vllm_maxtext_loader.atomic import sync, temporary_name, uninterrupted
 from vllm_maxtext_loader.checkpoint.reader import DecodedRegion, read_regions
-from vllm_maxtext_loader.conversion.convert import BFLOAT16, convert
+from vllm_maxtext_loader.conversion.config_check import refuse_sliding_end
+from vllm_maxtext_loader.conversion.convert import convert
 from vllm_maxtext_loader.conversion.plan import Plan, TensorSpec
+from vllm_maxtext_loader.conversion.published import published_tensors
+from vllm_maxtext_loader.conversion.values import BFLOAT16
 from vllm_maxtext_loader.errors import (
-    ConfigMismatchError,
     HuggingFaceDirectoryError,
     IncompleteLoadError,
     MaxTextLoadError,
@@ -138,7 +140,8 @@ def export(
         os.rename(directory, target_dir)
         sync(target_dir.parent)
     nbytes = sum(_nbytes(target, wanted) for target in plan.targets.values())
-    return ExportResult(target_dir, len(plan.targets), nbytes, shards, tuple(notes))
+    tensors = sum(len(published_tensors(target)) for target in plan.targets.values())
+    return ExportResult(target_dir, tensors, nbytes, shards, tuple(notes))
 
 
 def parse_size(text: str) -> int:
@@ -192,12 +195,7 @@ def _configuration(
     checkpoint: Checkpoint, source: str | os.PathLike[str] | None
 ) -> tuple[dict[str, Any], dict[str, Any], Checkpoint, list[str]]:
     """config.json, generation_config.json (may be empty), the checkpoint planned for them, and notes."""
-    if checkpoint.plan.dims.layers[-1].sliding:
-        raise ConfigMismatchError(
-            f"{checkpoint.plan.where}: ends in a sliding-window layer; transformers makes the last layer of "
-            f"every Gemma 4 a full-attention one, so no config.json describes this model, and the export "
-            f"would not load."
-        )
+    refuse_sliding_end(checkpoint.plan.family, checkpoint.plan.dims, checkpoint.plan.where)
     if source is None:
         settings = json.loads(checkpoint.hf_config().to_json_string())
         return settings, _token_ids(settings), checkpoint, []
@@ -211,10 +209,10 @@ def _configuration(
     config, settings = read_config(file), read_json(file)
     checkpoint = checkpoint.with_config(config)
     notes = list(checkpoint.plan.notes)
-    if "vision_config" in settings and checkpoint.plan.dims.vision is None:
+    if "vision_config" in settings and not checkpoint.plan.dims.has_vision:
         ids = {key: settings[key] for key in _TOKEN_IDS if settings.get(key) is not None}
         settings = json.loads(config.get_text_config().to_json_string()) | ids
-        settings["architectures"] = ["Gemma4ForCausalLM"]
+        settings["architectures"] = [next(iter(checkpoint.plan.family.architectures.values()))]
         notes.append("the exported configuration is the text model's")
     if settings.get("audio_config") is not None:
         settings["audio_config"] = None
@@ -252,7 +250,11 @@ def _main_dtype(plan: Plan, wanted: np.dtype | None) -> str:
 
 
 def _nbytes(target: TensorSpec, wanted: np.dtype | None) -> int:
-    return target.nbytes // target.dtype.itemsize * (wanted or target.dtype).itemsize
+    return target.nbytes // target.dtype.itemsize * _dtype(target, wanted).itemsize
+
+
+def _dtype(target: TensorSpec, wanted: np.dtype | None) -> np.dtype:
+    return target.dtype if wanted is None or target.keep_dtype else wanted
 
 
 def split(plan: Plan, wanted: np.dtype | None, limit: int) -> dict[str, list[TensorSpec]]:
@@ -287,7 +289,9 @@ def _write_weights(
     maps: list[np.memmap] = []
     for name, targets in files.items():
         mapped, inside = create_file(
-            directory / name, [(target.name, target.shape, wanted or target.dtype) for target in targets]
+            directory / name,
+            [(target.name, target.shape, _dtype(target, wanted)) for target in targets],
+            {target.name: published_tensors(target) for target in targets},
         )
         maps.append(mapped)
         places |= inside
@@ -317,7 +321,12 @@ def _write_weights(
     for mapped in maps:
         mapped.flush()
     if len(files) > 1:
-        weight_map = {target.name: name for name, targets in files.items() for target in targets}
+        weight_map = {
+            published: name
+            for name, targets in files.items()
+            for target in targets
+            for published, _ in published_tensors(target)
+        }
         total = sum(_nbytes(target, wanted) for target in plan.targets.values())
         _write_json(directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
     return len(files)

@@ -17,6 +17,7 @@ from vllm_maxtext_loader.checkpoint.statistics import ValueStatistics, statistic
 from vllm_maxtext_loader.checkpoint.storage.path import Location, tensorstore_context
 from vllm_maxtext_loader.checkpoint.tree import Leaf, Tree, read_tree
 from vllm_maxtext_loader.conversion.config_check import refuse_sliding_end
+from vllm_maxtext_loader.conversion.family import Preset
 from vllm_maxtext_loader.conversion.layout import describe
 from vllm_maxtext_loader.conversion.plan import Plan, make_plan
 from vllm_maxtext_loader.errors import (
@@ -25,7 +26,7 @@ from vllm_maxtext_loader.errors import (
     NotACheckpointError,
     StorageError,
 )
-from vllm_maxtext_loader.families.gemma4 import CONTAINERS, Dims
+from vllm_maxtext_loader.families import FAMILIES, identify
 from vllm_maxtext_loader.huggingface import config as hf_config
 from vllm_maxtext_loader.options import read_budget
 
@@ -55,7 +56,8 @@ class Inspection:
     Attributes:
         tree: leaves and storage.
         plan: what a load would make of it; None where it would not load.
-        preset: name of the published model it is, or is taken for; None where it is none of them.
+        preset: the published model it is, or is taken for; None where it is none of them, or one of several.
+        candidates: published models of these dimensions that shapes do not tell apart.
         asked: the model name that was given, or None.
         error: why it would not load, else None.
         steps: steps of the run, oldest first; empty where the path belongs to no run.
@@ -64,7 +66,8 @@ class Inspection:
 
     tree: Tree
     plan: Plan | None
-    preset: str | None
+    preset: Preset | None
+    candidates: tuple[Preset, ...]
     asked: str | None
     error: MaxTextLoadError | None
     steps: tuple[Step, ...]
@@ -117,7 +120,7 @@ class Inspection:
     def to_json(self) -> dict[str, Any]:
         """What `vllm-maxtext inspect --json` prints; see its help."""
         tree, plan, location = self.tree, self.plan, self.tree.location
-        preset = hf_config.PRESETS.get(self.preset or "")
+        preset = self.preset
         return {
             "checkpoint": str(location.items),
             "requested": str(location.requested),
@@ -127,9 +130,11 @@ class Inspection:
             "error": self.error and {"type": type(self.error).__name__, "message": str(self.error)},
             "values_ok": self.values_ok,
             "model": {
-                "name": self.preset,
-                "published": preset and preset.published,
-                "dims": plan and dataclasses.asdict(plan.dims),
+                "family": plan and plan.family.name,
+                "name": preset and preset.name,
+                "published": preset and preset.published[0],
+                "candidates": [candidate.name for candidate in self.candidates],
+                "dims": plan and _dims_json(plan),
             },
             "layout": plan
             and {
@@ -189,13 +194,13 @@ def inspect_checkpoint(
     """
     location = locate(path, step)
     tree = read_tree(location, tensorstore_context())
-    plan, preset, error = None, None, None
+    plan, preset, candidates, error = None, None, (), None
     try:
-        plan = make_plan(tree)
-        preset = _preset(plan.dims, model_name, plan.where)
+        plan = make_plan(tree, identify(tree.leaves, str(location.items)))
+        preset, candidates = _preset(plan, model_name)
     except MaxTextLoadError as raised:
         error = raised
-    return Inspection(tree, plan, preset, model_name, error, _steps(location))
+    return Inspection(tree, plan, preset, candidates, model_name, error, _steps(location))
 
 
 def read_values(
@@ -225,12 +230,13 @@ def read_values(
     return found
 
 
-def _preset(dims: Dims, model_name: str | None, where: str) -> str | None:
-    """Name of the published model to take the rest from: what `hf_config` checks without transformers."""
-    refuse_sliding_end(dims, where)
-    if model_name is None:
-        return hf_config.match_preset(dims)
-    return hf_config.choose_preset(dims, model_name, where)
+def _preset(plan: Plan, model_name: str | None) -> tuple[Preset | None, tuple[Preset, ...]]:
+    """The published model to take the rest from, and the candidates where there are several."""
+    refuse_sliding_end(plan.family, plan.dims, plan.where)
+    if model_name is not None:
+        return hf_config.choose_preset(plan.dims, model_name, plan.where), ()
+    matched = hf_config.match_presets(plan.dims)
+    return (matched[0], ()) if len(matched) == 1 else (None, tuple(matched))
 
 
 def _steps(location: ItemLocation) -> tuple[Step, ...]:
@@ -271,14 +277,21 @@ def _check(run: Location, number: int, name: str) -> Step | None:
     return Step(number, True)
 
 
+def _dims_json(plan: Plan) -> dict[str, Any]:
+    """Dimensions for people and scripts: sizes by name, and per layer what kind of layer it is."""
+    tags = [tag for tag in plan.family.tag_fields if not tag.startswith("vision")]
+    layers = [{**layer.sizes, **{tag: tag in layer.tags for tag in tags}} for layer in plan.dims.layers]
+    return {**plan.dims.to_json(), "layers": layers}
+
+
 def container_of(leaf: Leaf) -> tuple[str, str, int | None]:
     """Where a leaf lies.
 
     Returns:
         (path of its container, the same with `*` for the layer's number, that number or None).
     """
-    for container in CONTAINERS:
-        if match := re.match(container.pattern + r"\.", leaf.name):
+    for group in (group for family in FAMILIES for group in family.groups):
+        if match := re.match(group.pattern + r"\.", leaf.name):
             path = match.group(0).removesuffix(".")
             if not match.lastindex:
                 return path, path, None

@@ -26,11 +26,12 @@ from typing import Any
 import numpy as np
 
 from vllm_maxtext_loader.api import Checkpoint
-from vllm_maxtext_loader.checkpoint.reader import DecodedRegion, read_regions
-from vllm_maxtext_loader.conversion.convert import BFLOAT16, ScaleStore, cast, layer_of, transform
-from vllm_maxtext_loader.conversion.plan import Plan, TensorSpec
-from vllm_maxtext_loader.conversion.rearrange import scale_embedding, to_float32
-from vllm_maxtext_loader.families.gemma4 import Value
+from vllm_maxtext_loader.checkpoint.reader import DecodedRegion, Region, read_regions
+from vllm_maxtext_loader.conversion.convert import ScaleStore, cast, compute, layer_of, locate
+from vllm_maxtext_loader.conversion.family import WeightConverter
+from vllm_maxtext_loader.conversion.plan import CopyOp, LeafConversion, Plan, TensorSpec
+from vllm_maxtext_loader.conversion.published import expert_parts, published_tensors
+from vllm_maxtext_loader.conversion.values import BFLOAT16, to_float32
 from vllm_maxtext_loader.huggingface.directory import (
     HfDirectory,
     canonical,
@@ -177,7 +178,7 @@ def verify(
     rows: dict[str, Row] = {}
     pairs: dict[str, tuple[Row, np.ndarray]] = {}
     hf_has_vision = any(name.startswith(_VISION) for name in hf.tensors)
-    for target in plan.targets.values():
+    for target in _published(plan, hf):
         tensor = hf.tensors.get(canonical(target.name))
         row = rows[canonical(target.name)] = _pair(target, tensor)
         if tensor is None and target.name.startswith(_VISION) and not hf_has_vision:
@@ -195,6 +196,16 @@ def verify(
         )
     ordered = sorted(rows.values(), key=lambda row: natural_order(row.name))
     return Report(plan.where, str(hf.path), tuple(ordered), (*notes, *plan.notes, *_notes(ordered)))
+
+
+def _published(plan: Plan, hf: HfDirectory) -> Iterator[TensorSpec]:
+    """The plan's tensors as the directory spells them: per expert, unless it has them fused."""
+    for target in plan.targets.values():
+        if not target.expert_names or canonical(target.name) in hf.tensors:
+            yield target
+        else:
+            for name, shape in published_tensors(target):
+                yield dataclasses.replace(target, name=name, shape=shape, expert_names=())
 
 
 def _pair(target: TensorSpec, tensor: HfTensor | None) -> Row:
@@ -221,31 +232,55 @@ def _compare(
     on_region: Callable[[DecodedRegion], None] | None,
 ) -> None:
     """Reads the leaves and fills in the rows."""
-    entries = {
-        entry.leaf.key: entry
-        for entry in plan.leaves
-        if any(copy_op.target in pairs for copy_op in entry.copies)
-    }
+    entries = {entry.leaf.key: entry for entry in plan.leaves if _is_compared(entry, plan, pairs)}
     leaves = [entry.leaf for entry in entries.values()]
     for decoded in read_regions(leaves, checkpoint.tree.arrays, checkpoint.concurrent_bytes, plan.where):
         entry = entries[decoded.leaf.key]
         for copy_op in entry.copies:
-            if copy_op.target not in pairs or (found := layer_of(entry, copy_op, decoded)) is None:
+            if (found := layer_of(entry, copy_op, decoded)) is None:
                 continue
-            row, theirs = pairs[copy_op.target]
-            stored, region = found
-            ours, region = transform(entry, copy_op, stored, region, False, ScaleStore())
-            there = entry.rule.move.view(theirs, copy_op.sizes)[region]
-            hidden = copy_op.sizes["H"] if entry.rule.value is Value.UNSCALE_EMBEDDING else None
-            stored = stored[: len(ours)]  # `transform` drops padded rows of the vocabulary.
-            for block in _blocks(there.shape):
-                _add(row, ours[block], there[block], None if hidden is None else (stored[block], hidden))
+            for stored, region in locate(entry, copy_op, *found):
+                _compare_region(entry, copy_op, plan.targets[copy_op.target], pairs, stored, region)
         if on_region is not None:
             on_region(decoded)
     for row, theirs in pairs.values():
         # No region is lost, by design; but a row that says "same" must have seen all of them.
         if row.values != theirs.size:
             raise AssertionError(f"{row.name}: compared {row.values} of {theirs.size} values")
+
+
+def _is_compared(entry: LeafConversion, plan: Plan, pairs: Mapping[str, tuple[Row, np.ndarray]]) -> bool:
+    """Whether anything of a leaf is compared."""
+    return any(
+        copy_op.target in pairs
+        or any(name in pairs for name, _ in published_tensors(plan.targets[copy_op.target]))
+        for copy_op in entry.copies
+    )
+
+
+def _compare_region(
+    entry: LeafConversion,
+    copy_op: CopyOp,
+    spec: TensorSpec,
+    pairs: Mapping[str, tuple[Row, np.ndarray]],
+    stored: np.ndarray,
+    region: Region,
+) -> None:
+    """Compares the values of a region, as stored, with the tensors they become."""
+    converter, sizes = entry.converter, copy_op.sizes
+
+    def compare(name: str, values: np.ndarray, there: np.ndarray) -> None:
+        ours = compute(entry, copy_op, values, region[0], False, ScaleStore())
+        for block in _blocks(there.shape):
+            judged = (values[block], converter, sizes) if converter.values else None
+            _add(pairs[name][0], ours[block], there[block], judged)
+
+    if spec.name in pairs:
+        compare(spec.name, stored, converter.rearrange.view(pairs[spec.name][1], sizes)[region])
+    elif spec.expert_names:
+        for part in expert_parts(spec, converter, sizes, region):
+            if part.name in pairs:
+                compare(part.name, stored[part.selection], part.view(pairs[part.name][1])[part.region])
 
 
 def _blocks(shape: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
@@ -264,14 +299,19 @@ def _blocks(shape: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
         yield (slice(start, start + step),)
 
 
-def _add(row: Row, ours: np.ndarray, theirs: np.ndarray, scaled: tuple[np.ndarray, int] | None) -> None:
+def _add(
+    row: Row,
+    ours: np.ndarray,
+    theirs: np.ndarray,
+    judged: tuple[np.ndarray, WeightConverter, Mapping[str, int]] | None,
+) -> None:
     """Counts the differences of one block into its row.
 
     Args:
         row: of the tensor.
         ours: converted values of the checkpoint.
         theirs: the same values of the Hugging Face tensor.
-        scaled: for the embedding, the values as stored and the hidden size.
+        judged: where values are computed with, those that are stored, the converter and the sizes of its axes.
     """
     row.values += theirs.size
     assert row.compared_as is not None
@@ -285,13 +325,13 @@ def _add(row: Row, ours: np.ndarray, theirs: np.ndarray, scaled: tuple[np.ndarra
     left32, right32 = to_float32(left), to_float32(right)
     # Not by their bits: the two zeros are equal, and so is a NaN to a NaN.
     unequal = (left32 != right32) & ~(np.isnan(left32) & np.isnan(right32))
-    if scaled is not None:
-        stored, hidden = scaled
+    if judged is not None:
+        stored, converter, sizes = judged
         expected = to_float32(cast(stored[suspects], coarse))
         excused = np.zeros_like(unequal)
         # A float32 directory may have been rounded before MaxText scaled it, or not.
         for values in (to_float32(theirs[suspects]), right32):
-            excused |= to_float32(cast(scale_embedding(values, hidden), coarse)) == expected
+            excused |= to_float32(cast(converter.to_maxtext(values, sizes), coarse)) == expected
         excused &= unequal
         row.rescaled += int(excused.sum())
         unequal &= ~excused
@@ -319,14 +359,14 @@ def _only_in_hf(name: str, tensor: HfTensor, all_tensors: Mapping[str, HfTensor]
     shared = _SHARED.match(name)
     if name.startswith(_AUDIO):
         row.detail = "audio tower; MaxText has none"
-    elif name.startswith(_VISION) and plan.dims.vision is None:
+    elif name.startswith(_VISION) and not plan.dims.has_vision:
         row.detail = "vision tower; the checkpoint has none"
     elif name.startswith(_VISION) and name.endswith(_CLIP_BOUNDS):
         row.detail = "clip bounds of the vision tower; MaxText does not clip"
     elif (
         shared
         and int(shared[1]) < len(plan.dims.layers)
-        and plan.dims.layers[int(shared[1])].kv_heads is None
+        and "kv_heads" not in plan.dims.layers[int(shared[1])].sizes
     ):
         row.detail = "keys and values of a layer that uses those of an earlier one"
     elif name == "lm_head.weight" and _equal(tensor, all_tensors.get("model.embed_tokens.weight")):
@@ -334,7 +374,7 @@ def _only_in_hf(name: str, tensor: HfTensor, all_tensors: Mapping[str, HfTensor]
     else:
         row.status = Status.NOT_IN_CHECKPOINT
         if name == "lm_head.weight":
-            row.detail = "differs from embed_tokens; MaxText's Gemma 4 ties them"
+            row.detail = "differs from embed_tokens; the checkpoint ties them"
     return row
 
 

@@ -36,7 +36,7 @@ def enforce_vllm_model(module: ModuleType) -> None:
         asked = module.envs.MODEL_IMPL_TYPE
         if asked not in ("auto", "vllm"):
             raise EngineError(
-                f"MODEL_IMPL_TYPE={asked}: --load-format maxtext loads into vLLM's own Gemma 4. Unset MODEL_IMPL_TYPE."
+                f"MODEL_IMPL_TYPE={asked}: --load-format maxtext loads into vLLM's own model. Unset MODEL_IMPL_TYPE."
             )
         return "vllm"
 

@@ -30,13 +30,12 @@ from torch import nn
 
 from vllm_maxtext_loader.checkpoint.reader import DecodedRegion, Region
 from vllm_maxtext_loader.checkpoint.tree import Leaf
-from vllm_maxtext_loader.conversion.convert import ScaleStore, layer_of, transform
+from vllm_maxtext_loader.conversion.convert import ScaleStore, keep_scales, layer_of, locate
+from vllm_maxtext_loader.conversion.family import Scope
 from vllm_maxtext_loader.conversion.plan import CopyOp, LeafConversion, Plan
-from vllm_maxtext_loader.conversion.rearrange import unscale_embedding
-from vllm_maxtext_loader.families.gemma4 import Scope, Value
 from vllm_maxtext_loader.tpu.replicated import replicate
 from vllm_maxtext_loader.tpu.shards import Offsets, PendingArray, Shard, flattened_blocks
-from vllm_maxtext_loader.tpu.targets import NON_LAYER, Shapes, find_weights
+from vllm_maxtext_loader.tpu.targets import NON_LAYER, LayerLeaf, Leaves, find_weights
 
 _WRITERS = min(4, len(os.sched_getaffinity(0)))
 """Threads that copy. New memory is dear where the kernel hands it out page by page: one thread would spend most of its time on that,
@@ -83,16 +82,17 @@ class ShardWriter:
         self.filled: set[str] = set()
         self._writing: collections.deque[DecodedRegion] = collections.deque()
         self._wrote = 0.0
-        shapes: Shapes = collections.defaultdict(dict)
+        leaves: Leaves = collections.defaultdict(dict)
         for entry in plan.leaves:
             for copy_op in entry.copies:
-                shapes[_layer(entry, copy_op)][entry.rule.leaf] = _layer_shape(entry)
+                leaf = LayerLeaf(entry.converter, _layer_shape(entry))
+                leaves[_layer(entry, copy_op)][entry.converter.leaf] = leaf
         self._model = model
-        self._weights = find_weights(model, shapes, dtype)
+        self._weights = find_weights(model, plan.family, leaves, dtype)
 
     def handles(self, entry: LeafConversion) -> bool:
         """Whether every layer of the leaf is placed directly."""
-        keys = [(_layer(entry, copy_op), entry.rule.leaf) for copy_op in entry.copies]
+        keys = [(_layer(entry, copy_op), entry.converter.leaf) for copy_op in entry.copies]
         return bool(keys) and all(key in self._weights for key in keys)
 
     def is_local(self, leaf: Leaf, region: Region, devices: Collection[Any] | None = None) -> bool:
@@ -149,10 +149,8 @@ class ShardWriter:
                 while unfinished[0].leaf.key != decoded.leaf.key:
                     self._complete(unfinished.popleft())
                 entry = unfinished[0]
-                if entry.rule.value is Value.EXPERT_SCALE and self.fold:
-                    for copy_op in entry.copies:
-                        if (found := layer_of(entry, copy_op, decoded)) is not None:
-                            transform(entry, copy_op, *found, True, self.scales)
+                if self.fold:
+                    keep_scales(entry, decoded, self.scales)
                 if self.handles(entry):
                     self._put(entry, decoded, writers)
                     writing.append(decoded)
@@ -176,19 +174,16 @@ class ShardWriter:
 
     def _shard_copies(self, entry: LeafConversion, decoded: DecodedRegion) -> Iterator[_ShardCopy]:
         """What of a region goes where, layer by layer and device by device."""
-        leaf, shape = entry.rule.leaf, _layer_shape(entry)
+        leaf, shape = entry.converter.leaf, _layer_shape(entry)
         for copy_op in entry.copies:
             if (found := layer_of(entry, copy_op, decoded)) is None:
                 continue
-            values, region = found
-            if entry.rule.value is Value.UNSCALE_EMBEDDING:
-                # Rows past the vocabulary are the writer's padding.
-                values = values[: max(0, copy_op.sizes["V"] - region[0].start)]
             weight = self._weights[_layer(entry, copy_op), leaf]
-            for block, offsets in flattened_blocks(values, region, shape, weight.axis_groups[leaf]):
-                for device, part, local in weight.targets(leaf, offsets, block.shape):
-                    rows = slice(offsets[0] + part[0].start, offsets[0] + part[0].stop)
-                    yield _ShardCopy(weight, device, copy_op, block[part], rows, local)
+            for values, region in locate(entry, copy_op, *found):
+                for block, offsets in flattened_blocks(values, region, shape, weight.axis_groups[leaf]):
+                    for device, part, local in weight.targets(leaf, offsets, block.shape):
+                        rows = slice(offsets[0] + part[0].start, offsets[0] + part[0].stop)
+                        yield _ShardCopy(weight, device, copy_op, block[part], rows, local)
 
     def _put(self, entry: LeafConversion, decoded: DecodedRegion, writers: Executor) -> None:
         """Has a region copied into the shards it is a part of; and registers the copies as readers of the region."""
@@ -204,12 +199,11 @@ class ShardWriter:
         """Copies parts of a region into the one shard that they belong to."""
         for move in moves:
             scales, convert = None, None
-            match entry.rule.value:
-                case Value.UNSCALE_EMBEDDING:
-                    # Divided on the host: XLA may turn a division by a constant into a multiplication.
-                    convert = functools.partial(unscale_embedding, hidden_size=move.copy_op.sizes["H"])
-                case Value.EXPERT_OUTPUT if self.fold:
-                    scales = self.scales.get(move.copy_op.layer, move.rows)
+            if entry.converter.values:
+                # Computed on the host: XLA may turn a division by a constant into a multiplication.
+                convert = functools.partial(entry.converter.to_hf, sizes=move.copy_op.sizes)
+            elif entry.converter.fold == "output" and self.fold:
+                scales = self.scales.get(move.copy_op.layer, move.rows)
             shard.write(move.values, move.offsets, scales, convert)
         shard.wait()
         self._wrote = time.perf_counter()
@@ -219,8 +213,8 @@ class ShardWriter:
         if not self.handles(entry):
             return
         for copy_op in entry.copies:
-            weight = self._weights[_layer(entry, copy_op), entry.rule.leaf]
-            weight.missing_leaves.discard(entry.rule.leaf)
+            weight = self._weights[_layer(entry, copy_op), entry.converter.leaf]
+            weight.missing_leaves.discard(entry.converter.leaf)
             if not weight.missing_leaves:
                 weight.on_complete(weight.array())
                 self.filled.update(weight.parameters)
@@ -228,9 +222,9 @@ class ShardWriter:
 
 def _layer(entry: LeafConversion, copy_op: CopyOp) -> int:
     """Number of the decoder layer, or OUTSIDE."""
-    return copy_op.layer if entry.rule.scope is Scope.LAYER else NON_LAYER
+    return copy_op.layer if entry.converter.scope is Scope.LAYER else NON_LAYER
 
 
 def _layer_shape(entry: LeafConversion) -> tuple[int, ...]:
     """Shape of one layer of a leaf."""
-    return tuple(size for axis, size in enumerate(entry.leaf.shape) if axis not in entry.stack)
+    return tuple(size for axis, size in enumerate(entry.leaf.shape) if axis not in entry.scan_axes)

@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding
 
 from vllm_maxtext_loader.checkpoint.reader import Region, aligned
 from vllm_maxtext_loader.conversion.convert import assign
-from vllm_maxtext_loader.conversion.rearrange import fold_expert_scale
+from vllm_maxtext_loader.conversion.values import fold_expert_scale
 from vllm_maxtext_loader.options import DIRECT_VARIABLE
 from vllm_maxtext_loader.tpu.columns import ColumnRange
 
@@ -233,6 +233,12 @@ def flattened_blocks(
     Yields:
         (values with one axis per group, where they begin)
     """
+    order = [axis for group in axis_groups for axis in group]
+    if order != sorted(order):
+        # An output head is stored [hidden, vocab] and computed with as [vocab, hidden]; a transpose is a view.
+        values, region = values.transpose(order), tuple(region[axis] for axis in order)
+        shape = tuple(shape[axis] for axis in order)
+        axis_groups = tuple(tuple(order.index(axis) for axis in group) for group in axis_groups)
     for outer, *inner in axis_groups:
         if inner and values.shape[outer] > 1 and values.shape[inner[0]] < shape[inner[0]]:
             for position in range(values.shape[outer]):

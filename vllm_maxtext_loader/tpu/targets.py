@@ -1,4 +1,4 @@
-"""The arrays that vLLM's Gemma 4 on tpu-inference computes with, and the MaxText leaves each of them is made of.
+"""The arrays that vLLM's models on tpu-inference compute with, and the MaxText leaves each of them is made of.
 
 Written against tpu-inference 0.32.0 layers/vllm/quantization/unquantized.py (what happens to a weight after loading) and
 layers/vllm/custom_ops/linear.py (KV heads are repeated where there are fewer of them than shards).
@@ -30,123 +30,153 @@ from tpu_inference.layers.vllm.quantization.unquantized import (
     VllmUnquantizedFusedMoEMethod,
     VllmUnquantizedLinearMethod,
 )
-from vllm.model_executor.models.gemma4 import Gemma4DecoderLayer, Gemma4ForCausalLM
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
+from vllm_maxtext_loader.conversion.family import Family, PackedModule, WeightConverter
 from vllm_maxtext_loader.tpu.columns import ColumnRange, expert_column_ranges, linear_column_ranges
 from vllm_maxtext_loader.tpu.shards import PendingArray
 
-Shapes = dict[int, dict[str, tuple[int, ...]]]
-"""By decoder layer (OUTSIDE for what is in none) and leaf name: the shape of one layer of the leaf."""
+
+@dataclasses.dataclass(frozen=True)
+class LayerLeaf:
+    """A leaf as one layer has it.
+
+    Attributes:
+        converter: its row of the family's table.
+        shape: of one layer of it.
+    """
+
+    converter: WeightConverter
+    shape: tuple[int, ...]
+
+    def axis_groups(self) -> tuple[tuple[int, ...], ...]:
+        """Positions of the leaf's axes that make up each axis of its Hugging Face tensor."""
+        axes = self.converter.rearrange.maxtext_axes
+        return tuple(
+            tuple(axes.index(name) for name in group if name in axes)
+            for group in self.converter.rearrange.hf_axes
+        )
+
+
+Leaves = dict[int, dict[str, LayerLeaf]]
+"""By decoder layer (NON_LAYER for what is in none) and leaf name."""
 
 NON_LAYER = -1
 
 
-def find_weights(model: nn.Module, shapes: Shapes, dtype: np.dtype) -> dict[tuple[int, str], PendingArray]:
+def find_weights(
+    model: nn.Module, family: Family, leaves: Leaves, dtype: np.dtype
+) -> dict[tuple[int, str], PendingArray]:
     """By layer and leaf name, the array (of `dtype`) that the leaf is a part of; without those that must take the usual way."""
-    return _Finder(model, shapes, dtype).weights
+    return _Finder(model, family, leaves, dtype).weights
 
 
 class _Finder:
     """Goes through the model, layer by layer."""
 
-    def __init__(self, model: nn.Module, shapes: Shapes, dtype: np.dtype) -> None:
+    def __init__(self, model: nn.Module, family: Family, leaves: Leaves, dtype: np.dtype) -> None:
         self.weights: dict[tuple[int, str], PendingArray] = {}
         self._dtype = dtype
         self._names = {id(module): name for name, module in model.named_modules()}
-        for module in model.modules():
-            if isinstance(module, Gemma4DecoderLayer):
-                self._decoder_layer(module, shapes.get(module.layer_idx, {}))
-            elif isinstance(module, Gemma4ForCausalLM):
-                self._embedding(module, shapes.get(NON_LAYER, {}))
+        decoder: Any = next(
+            module
+            for module in model.modules()
+            if hasattr(module, "layers") and hasattr(module, "embed_tokens")
+        )
+        for index, layer in enumerate(decoder.layers):
+            own = leaves.get(index, {})
+            for packed in family.modules:
+                module = _submodule(layer, packed.module)
+                if module is None:
+                    continue
+                if packed.is_experts:
+                    self._experts(index, module, packed, own)
+                else:
+                    self._linear(index, module, packed, own)
+        outside = leaves.get(NON_LAYER, {})
+        head = next((module for module in model.modules() if isinstance(module, ParallelLMHead)), None)
+        self._embedding(decoder.embed_tokens, head, outside)
 
     def _add(self, layer: int, weight: PendingArray) -> None:
         for leaf in weight.missing_leaves:
             self.weights[layer, leaf] = weight
 
-    def _decoder_layer(self, layer: Any, shapes: dict[str, tuple[int, ...]]) -> None:
-        """The linear layers and the experts of one decoder layer."""
-        index = layer.layer_idx
-        mlp = "mlp.moe_block.shared_experts" if layer.enable_moe_block else "mlp"
-        attention = layer.self_attn
-        query, key, value = (f"self_attention.{name}.kernel" for name in ("query", "key", "value"))
-        inputs_first = ((0,), (1, 2))
-        if attention.is_kv_shared_layer:
-            self._linear(index, attention.q_proj, (query,), shapes, inputs_first)
-        else:
-            # Where there is no value leaf, keys serve as values.
-            packed = (query, key, value if value in shapes else key)
-            self._linear(index, attention.qkv_proj, packed, shapes, inputs_first)
-        self._linear(index, attention.o_proj, ("self_attention.out.kernel",), shapes, ((0, 1), (2,)))
-        self._linear(
-            index, layer.mlp.gate_up_proj, (f"{mlp}.wi_0.kernel", f"{mlp}.wi_1.kernel"), shapes, ((0,), (1,))
-        )
-        self._linear(index, layer.mlp.down_proj, (f"{mlp}.wo.kernel",), shapes, ((0,), (1,)))
-        if layer.experts is not None:
-            self._experts(index, layer.experts.routed_experts, shapes)
-
-    def _linear(
-        self,
-        layer: int,
-        module: Any,
-        packed: tuple[str, ...],
-        shapes: dict[str, tuple[int, ...]],
-        axis_groups: tuple[tuple[int, ...], ...],
-    ) -> None:
+    def _linear(self, layer: int, module: Any, packed: PackedModule, own: dict[str, LayerLeaf]) -> None:
         """A linear layer.
 
         Args:
             layer: decoder layer.
             module: vLLM's linear layer.
-            packed: leaf of each of its outputs, in order.
-            shapes: shape of every leaf in this layer.
-            axis_groups: the leaves' input axes and their output axes.
+            packed: what its outputs are, in order.
+            own: leaves of this layer.
         """
         method: Any = module.quant_method
         # A subclass may requantize while loading: those layers take the usual way.
         if type(method) is not VllmUnquantizedLinearMethod or getattr(module, "bias", None) is not None:
             return
         config: Any = method.linear_config
-        if not config.fuse_matmuls or any(leaf not in shapes for leaf in packed):
+        by_tensor = {leaf.converter.hf: name for name, leaf in own.items()}
+        names = [
+            by_tensor.get(name) or by_tensor.get(packed.fallback.get(name, "")) for name in packed.tensors
+        ]
+        if not config.fuse_matmuls or None in names:
             return
+        outputs: list[tuple[str, tuple[int, ...], int]] = []
+        groups: dict[str, tuple[tuple[int, ...], ...]] = {}
         # Only keys and values are repeated: outputs 1 and 2 of a qkv projection.
         replicas = getattr(module, "num_kv_head_replicas", 1)
-        outputs = tuple(
-            (leaf, tuple(shapes[leaf][axis] for axis in axis_groups[1]), replicas if position else 1)
-            for position, leaf in enumerate(packed)
+        for position, name in enumerate(names):
+            assert name is not None
+            # Hugging Face's matrix is [out, in], tpu-inference's [in, out].
+            out_axes, in_axes = own[name].axis_groups()
+            groups[name] = (in_axes, out_axes)
+            sizes = tuple(own[name].shape[axis] for axis in out_axes)
+            outputs.append((name, sizes, replicas if position else 1))
+        column_ranges, columns = linear_column_ranges(
+            tuple(outputs), tuple(config.output_sizes), config.n_shards
         )
-        column_ranges, columns = linear_column_ranges(outputs, tuple(config.output_sizes), config.n_shards)
 
         def on_complete(array: jax.Array) -> None:
             _free_parameter(module, "weight")
             method._store_linear_weights(module, LinearWeights(array, None, None, None))
             method.process_weights_after_loading = _noop_process_weights
 
+        first = outputs[0][0]
         self._add(
             layer,
             PendingArray(
                 parameters=(f"{self._names[id(module)]}.weight",),
-                shape=(math.prod(shapes[packed[0]][axis] for axis in axis_groups[0]), columns),
+                shape=(math.prod(own[first].shape[axis] for axis in groups[first][0]), columns),
                 sharding=NamedSharding(config.mesh, config.weight_sharding),
-                axis_groups=dict.fromkeys(packed, axis_groups),
+                axis_groups=groups,
                 column_ranges=column_ranges,
-                missing_leaves=set(packed),
+                missing_leaves=set(groups),
                 on_complete=on_complete,
                 dtype=self._dtype,
             ),
         )
 
-    def _experts(self, layer: int, module: Any, shapes: dict[str, tuple[int, ...]]) -> None:
-        """The routed experts of a layer: gate and up (in one leaf, `wi`, or in two), and down."""
+    def _experts(self, layer: int, module: Any, packed: PackedModule, own: dict[str, LayerLeaf]) -> None:
+        """The routed experts of a layer: gate and up (in one leaf or in two), and down."""
         method: Any = module.quant_method
         if type(method) is not VllmUnquantizedFusedMoEMethod or method.moe.has_bias:
             return
-        prefix = "mlp.moe_block.MoeBlock_0"
-        gates = (f"{prefix}.wi",) if f"{prefix}.wi" in shapes else (f"{prefix}.wi_0", f"{prefix}.wi_1")
-        down = f"{prefix}.wo"
-        if envs.MOE_REQUANTIZE_WEIGHT_DTYPE or any(leaf not in shapes for leaf in (*gates, down)):
+        if envs.MOE_REQUANTIZE_WEIGHT_DTYPE:
             return
-        count, inner, hidden = shapes[down]
-        widths = tuple(shapes[leaf][2] for leaf in gates)
+        gates, downs = (
+            tuple(
+                sorted(
+                    (name for name, leaf in own.items() if leaf.converter.hf == tensor),
+                    key=lambda name: own[name].converter.rearrange.part or 0,
+                )
+            )
+            for tensor in packed.tensors
+        )
+        parts = {own[name].converter.rearrange.part for name in gates}
+        if len(downs) != 1 or parts not in ({None}, {0, 1}):
+            return
+        count, inner, hidden = own[downs[0]].shape
+        widths = tuple(own[leaf].shape[2] for leaf in gates)
         found = expert_column_ranges(
             method.mesh, method.moe_backend, module.activation, gates, widths, hidden
         )
@@ -157,7 +187,7 @@ class _Finder:
         axis_groups = ((0,), (1,), (2,))
         for name, shape, leaves, moves in (
             ("w13_weight", (count, hidden, columns), gates, column_ranges),
-            ("w2_weight", (count, inner, hidden), (down,), [ColumnRange(down, 0, 0, hidden)]),
+            ("w2_weight", (count, inner, hidden), downs, [ColumnRange(downs[0], 0, 0, hidden)]),
         ):
             self._add(
                 layer,
@@ -173,38 +203,59 @@ class _Finder:
                 ),
             )
 
-    def _embedding(self, model: Any, shapes: dict[str, tuple[int, ...]]) -> None:
-        """The embedding; the tied output head shares its array instead of holding a copy."""
-        embed, head = model.model.embed_tokens, model.lm_head
-        method: Any = embed.quant_method
-        leaf = "token_embedder.embedding"
-        tied = head.weight is embed.weight and isinstance(head.quant_method, VllmUnquantizedEmbeddingMethod)
-        if not tied or type(method) is not VllmUnquantizedEmbeddingMethod or leaf not in shapes:
+    def _embedding(self, embed: Any, head: Any, outside: dict[str, LayerLeaf]) -> None:
+        """The embedding and the output head; a tied head shares the embedding's array instead of holding a copy."""
+        by_tensor = {leaf.converter.hf: name for name, leaf in outside.items()}
+        tied = head is not None and getattr(head, "weight", None) is getattr(embed, "weight", None)
+        self._table([embed, head] if tied else [embed], by_tensor.get("embed_tokens.weight"), outside)
+        if head is not None and not tied:
+            self._table([head], by_tensor.get("lm_head.weight"), outside)
+
+    def _table(self, modules: list[Any], name: str | None, outside: dict[str, LayerLeaf]) -> None:
+        """A matrix with a row per token, that of the first module; the others share it."""
+        first = modules[0]
+        methods: list[Any] = [getattr(module, "quant_method", None) for module in modules]
+        if name is None or any(type(method) is not VllmUnquantizedEmbeddingMethod for method in methods):
             return
-        hidden = shapes[leaf][1]
+        if any(getattr(module, "bias", None) is not None for module in modules):
+            return
+        leaf = outside[name]
+        groups = leaf.axis_groups()
+        hidden = leaf.shape[groups[1][0]]
 
         def on_complete(array: jax.Array) -> None:
             weight = torch_view(array)
-            _free_parameter(embed, "weight")
-            delattr(head, "weight")
-            for module in (embed, head):
+            _free_parameter(first, "weight")
+            for module in modules[1:]:
+                delattr(module, "weight")
+            for module in modules:
                 module.weight = Parameter(weight, requires_grad=False)
                 module.quant_method.process_weights_after_loading = _noop_process_weights
 
         self._add(
             NON_LAYER,
             PendingArray(
-                parameters=(f"{self._names[id(embed)]}.weight",),
+                parameters=(f"{self._names[id(first)]}.weight",),
                 # vLLM pads the vocabulary; those rows stay zero.
-                shape=(embed.weight.shape[0], hidden),
-                sharding=NamedSharding(method.mesh, PartitionSpec(ShardingAxisName.MLP_TENSOR, None)),
-                axis_groups={leaf: ((0,), (1,))},
-                column_ranges=[ColumnRange(leaf, 0, 0, hidden)],
-                missing_leaves={leaf},
+                shape=(first.weight.shape[0], hidden),
+                sharding=NamedSharding(methods[0].mesh, PartitionSpec(ShardingAxisName.MLP_TENSOR, None)),
+                axis_groups={name: groups},
+                column_ranges=[ColumnRange(name, 0, 0, hidden)],
+                missing_leaves={name},
                 on_complete=on_complete,
                 dtype=self._dtype,
             ),
         )
+
+
+def _submodule(layer: nn.Module, path: str) -> Any:
+    """The module at a dotted path; None where the layer has none there."""
+    module: Any = layer
+    for name in path.split("."):
+        module = getattr(module, name, None)
+        if module is None:
+            return None
+    return module
 
 
 def _noop_process_weights(layer: nn.Module) -> None:
