@@ -41,6 +41,30 @@ SERVABLE = (
 EXPORT_ONLY = ("dense_v1_nnx_remainder", "dense_v1_remainder", "moe_remainder")
 """Fixtures that end in a sliding-window layer, where transformers always has a full-attention layer."""
 
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "gemma4": (*SERVABLE, *EXPORT_ONLY),
+    "qwen3": (
+        "qwen3_axis0",
+        "qwen3_f32",
+        "qwen3_rl_nnx",
+        "qwen3_scanned",
+        "qwen3_sft_nnx",
+        "qwen3_tied",
+        "qwen3_tied_vocabpad",
+        "qwen3_train",
+        "qwen3_unscanned",
+    ),
+    "qwen3_moe": (
+        "qwen3moe_axis0",
+        "qwen3moe_f32",
+        "qwen3moe_prefused",
+        "qwen3moe_scanned",
+        "qwen3moe_train",
+        "qwen3moe_unscanned",
+    ),
+}
+"""Fixtures by family."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -65,11 +89,20 @@ class Case:
         return FIXTURES / "hf" / self.facts["twin"]
 
 
+def families() -> tuple[str, ...]:
+    """The families of models that there are fixtures of."""
+    return tuple(FAMILIES)
+
+
 @functools.cache
-def cases() -> dict[str, Case]:
-    """All fixtures by name; a lost one is an error, not a test less."""
-    names = sorted([*SERVABLE, *EXPORT_ONLY])
-    return {name: Case(name, json.loads((FIXTURES / name / "case.json").read_text())) for name in names}
+def cases(family: str = "gemma4") -> dict[str, Case]:
+    """All fixtures of a family by name; a lost one is an error, not a test less."""
+    found = {
+        name: Case(name, json.loads((FIXTURES / name / "case.json").read_text()))
+        for name in sorted(FAMILIES[family])
+    }
+    assert {case.facts["family"] for case in found.values()} == {family}
+    return found
 
 
 Tree = dict[str, Any]
