@@ -17,6 +17,7 @@ from vllm_maxtext_loader.checkpoint.tree import EMBEDDING_LEAF, Leaf, Tree, read
 from vllm_maxtext_loader.conversion.config_check import VOCAB
 from vllm_maxtext_loader.conversion.convert import convert
 from vllm_maxtext_loader.conversion.plan import Plan, make_plan
+from vllm_maxtext_loader.conversion.published import published_tensors
 from vllm_maxtext_loader.conversion.values import BFLOAT16
 from vllm_maxtext_loader.options import read_budget
 
@@ -111,6 +112,7 @@ class Checkpoint:
         *,
         fold_expert_scales: bool = False,
         dtype: torch.dtype | None = None,
+        fused_experts: bool = False,
         regions: Iterator[DecodedRegion] | None = None,
         on_region: Callable[[DecodedRegion, float], None] | None = None,
     ) -> Iterator[tuple[str, torch.Tensor]]:
@@ -120,6 +122,8 @@ class Checkpoint:
             fold_expert_scales: multiply per_expert_scale into down_proj (float32, one rounding), and give
                 ones in its place.
             dtype: dtype of all tensors; None keeps the stored dtype.
+            fused_experts: yield the experts of a layer as one tensor [experts, …], as vLLM takes them, also where they
+                are published one by one.
             regions: an iterator from `iter_regions()`, to start reading early or to filter; a tensor without any region is
                 not yielded. None means that reading begins when the first tensor is requested.
             on_region: told each region, and the seconds it took to convert.
@@ -128,14 +132,21 @@ class Checkpoint:
             ReadError: a chunk is missing, truncated or corrupt.
             StorageError: the storage refuses or does not answer.
         """
+        plan = self.trimmed_plan()
         for name, array in convert(
-            self.trimmed_plan(),
+            plan,
             self.iter_regions() if regions is None else regions,
             dtype=None if dtype is None else numpy_dtype(dtype),
             fold_expert_scales=fold_expert_scales,
             on_region=on_region,
         ):
-            yield name, to_torch(array)
+            spec = plan.targets[name]
+            if fused_experts or not spec.expert_names:
+                yield name, to_torch(array)
+                continue
+            parts = array.reshape(-1, *published_tensors(spec)[0][1])
+            for (published, _), part in zip(published_tensors(spec), parts, strict=True):
+                yield published, to_torch(part)
 
     def trimmed_plan(self) -> Plan:
         """The plan, without vocabulary rows that are padding.

@@ -95,14 +95,19 @@ def families() -> tuple[str, ...]:
 
 
 @functools.cache
-def cases(family: str = "gemma4") -> dict[str, Case]:
-    """All fixtures of a family by name; a lost one is an error, not a test less."""
-    found = {
-        name: Case(name, json.loads((FIXTURES / name / "case.json").read_text()))
-        for name in sorted(FAMILIES[family])
-    }
-    assert {case.facts["family"] for case in found.values()} == {family}
+def cases(*wanted: str) -> dict[str, Case]:
+    """The fixtures of the named families, of all where none is named, by name; a lost one is an error, not a test less."""
+    found: dict[str, Case] = {}
+    for family in wanted or FAMILIES:
+        for name in sorted(FAMILIES[family]):
+            found[name] = Case(name, json.loads((FIXTURES / name / "case.json").read_text()))
+            assert found[name].facts["family"] == family
     return found
+
+
+def servable() -> list[str]:
+    """Fixtures that a configuration of their family can describe."""
+    return [name for name in cases() if name not in EXPORT_ONLY]
 
 
 Tree = dict[str, Any]

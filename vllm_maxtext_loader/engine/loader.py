@@ -113,6 +113,7 @@ class MaxTextModelLoader(BaseModelLoader):
             weights = checkpoint.hf_weights(
                 fold_expert_scales=fold,
                 dtype=model_config.dtype,
+                fused_experts=True,
                 regions=regions,
                 on_region=progress.on_region,
             )

@@ -8,9 +8,9 @@ from typing import Any
 from vllm_maxtext_loader.conversion.dims import ModelDims
 from vllm_maxtext_loader.conversion.family import Family, Preset
 from vllm_maxtext_loader.errors import ConfigMismatchError, OptionError, UnknownModelError
-from vllm_maxtext_loader.families import gemma4
+from vllm_maxtext_loader.families import gemma4, qwen3
 
-FAMILIES: tuple[Family, ...] = (gemma4.FAMILY,)
+FAMILIES: tuple[Family, ...] = (gemma4.FAMILY, qwen3.FAMILY)
 
 _BY_NAME = {family.name: family for family in FAMILIES}
 

@@ -279,7 +279,8 @@ def _check(run: Location, number: int, name: str) -> Step | None:
 
 def _dims_json(plan: Plan) -> dict[str, Any]:
     """Dimensions for people and scripts: sizes by name, and per layer what kind of layer it is."""
-    tags = [tag for tag in plan.family.tag_fields if not tag.startswith("vision")]
+    of_layers = {tag for layer in plan.dims.layers for tag in layer.tags}
+    tags = ["sliding", *(tag for tag in plan.family.tag_fields if tag in of_layers - {"sliding"})]
     layers = [{**layer.sizes, **{tag: tag in layer.tags for tag in tags}} for layer in plan.dims.layers]
     return {**plan.dims.to_json(), "layers": layers}
 
