@@ -25,6 +25,7 @@ import vllm_maxtext_loader.tools.export as export_module
 from support.checkpoints import EXPORT_ONLY, Tree, cases, servable
 from vllm_maxtext_loader import MaxTextLoadError, open_checkpoint
 from vllm_maxtext_loader.cli.runtime import sigterm_raises
+from vllm_maxtext_loader.dtypes import BFLOAT16
 from vllm_maxtext_loader.errors import ConfigMismatchError, HuggingFaceDirectoryError, ReadError
 from vllm_maxtext_loader.huggingface.directory import read_hf_directory
 from vllm_maxtext_loader.huggingface.safetensors_files import create_file
@@ -109,7 +110,7 @@ def test_transformers_loads_it(name: str, twin: Twin, tmp_path: Path) -> None:
 def test_index_names_every_tensor_and_layers_stay_together(tmp_path: Path) -> None:
     case = cases()["moe_v2"]
     done = export(
-        open_checkpoint(case.items), tmp_path / "out", config=case.twin_config, max_shard_bytes=250_000
+        open_checkpoint(case.items), tmp_path / "out", config=case.twin_config, max_shard_bytes=10**6
     )
     index = json.loads((done.path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == done.nbytes
@@ -395,7 +396,7 @@ def test_files_hold_layer_after_layer() -> None:
 
 
 def test_mixed_dtypes_are_aligned(tmp_path: Path) -> None:
-    bfloat16 = export_module.BFLOAT16
+    bfloat16 = BFLOAT16
     tensors = [("a", (3,), bfloat16), ("b", (2, 2), np.dtype(np.float32)), ("c", (1,), np.dtype(np.float16))]
     mapped, places = create_file(tmp_path / "x.safetensors", tensors)
     for number, place in enumerate(places.values(), 1):

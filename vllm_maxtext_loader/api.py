@@ -18,7 +18,7 @@ from vllm_maxtext_loader.conversion.config_check import VOCAB
 from vllm_maxtext_loader.conversion.convert import convert
 from vllm_maxtext_loader.conversion.plan import Plan, make_plan
 from vllm_maxtext_loader.conversion.published import published_tensors
-from vllm_maxtext_loader.conversion.values import BFLOAT16
+from vllm_maxtext_loader.dtypes import BFLOAT16, FLOATS
 from vllm_maxtext_loader.options import read_budget
 
 if TYPE_CHECKING:
@@ -217,13 +217,12 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray:
 
 
 def numpy_dtype(dtype: torch.dtype) -> np.dtype:
-    import torch
+    """numpy's dtype of a torch one.
 
-    known = {
-        torch.bfloat16: BFLOAT16,
-        torch.float16: np.dtype(np.float16),
-        torch.float32: np.dtype(np.float32),
-    }
-    if dtype not in known:
-        raise TypeError(f"dtype must be one of {', '.join(map(str, known))}, found {dtype}")
-    return known[dtype]
+    Raises:
+        TypeError: weights are not of such a dtype.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if name not in FLOATS:
+        raise TypeError(f"dtype must be one of torch.{', torch.'.join(FLOATS)}, found {dtype}")
+    return FLOATS[name]

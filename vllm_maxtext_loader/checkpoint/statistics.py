@@ -12,16 +12,17 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import ml_dtypes
 import numpy as np
+
+from vllm_maxtext_loader.dtypes import BFLOAT16, FLOAT16, FLOAT32
 
 _BLOCK = 1 << 16
 """Values at a time. The temporary arrays fit a core's cache; larger ones are mapped anew for every block (5x slower)."""
 
 _EXPONENTS: dict[np.dtype, int] = {
-    np.dtype(ml_dtypes.bfloat16): 0x7F80,
-    np.dtype(np.float16): 0x7C00,
-    np.dtype(np.float32): 0x7F80_0000,
+    BFLOAT16: 0x7F80,
+    FLOAT16: 0x7C00,
+    FLOAT32: 0x7F80_0000,
 }
 """The exponent's bits: a value is not finite where all of them are set."""
 
@@ -174,7 +175,7 @@ def _block_statistics(bits: np.ndarray, dtype: np.dtype, threshold: int) -> Valu
 
 def _widened(bits: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """float32 values of bits; exact for the three dtypes."""
-    if dtype == np.dtype(ml_dtypes.bfloat16):
+    if dtype == BFLOAT16:
         return (bits.astype(np.uint32) << 16).view(np.float32)
     return bits.view(dtype).astype(np.float32, copy=False)
 

@@ -13,13 +13,13 @@ import logging
 import math
 from collections.abc import Iterable
 
-import ml_dtypes
 import numpy as np
 import tensorstore as ts
 
 from vllm_maxtext_loader.checkpoint.arrays import Format, open_arrays
 from vllm_maxtext_loader.checkpoint.find import TREE_METADATA, ItemLocation
 from vllm_maxtext_loader.checkpoint.storage.path import Location
+from vllm_maxtext_loader.dtypes import FLOATS
 from vllm_maxtext_loader.errors import (
     CorruptMetadataError,
     MaxTextLoadError,
@@ -45,11 +45,6 @@ OCDBT_MANIFEST = "manifest.ocdbt"
 
 _NOT_WEIGHTS = ("opt_state", "optimizer_state", "optimizer", "nnx_aux")
 _ARRAY_TYPES = ("jax.Array", "np.ndarray", "scalar")
-_FLOAT_DTYPES = {
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float16": np.dtype(np.float16),
-    "float32": np.dtype(np.float32),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,10 +161,10 @@ def read_tree(location: ItemLocation, context: ts.Context) -> Tree:
             path = path[:-1]
         if not path:
             raise CorruptMetadataError(f"{items}: {name} is an array; expected the model's leaves below it.")
-        if array.dtype.name not in _FLOAT_DTYPES:
+        if array.dtype.name not in FLOATS:
             raise UnsupportedDtypeError(
                 f"{items}: leaf {name} is stored as {array.dtype.name}; expected one of "
-                f"{', '.join(_FLOAT_DTYPES)}. Quantized checkpoints are not supported: save the unquantized "
+                f"{', '.join(FLOATS)}. Quantized checkpoints are not supported: save the unquantized "
                 f"weights from MaxText."
             )
         if 0 in array.shape:
@@ -178,7 +173,7 @@ def read_tree(location: ItemLocation, context: ts.Context) -> Tree:
             key=name,
             path=path,
             shape=tuple(array.shape),
-            dtype=_FLOAT_DTYPES[array.dtype.name],
+            dtype=FLOATS[array.dtype.name],
             chunks=tuple(
                 int(step or size)
                 for step, size in zip(

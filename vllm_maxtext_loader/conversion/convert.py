@@ -13,7 +13,8 @@ import numpy as np
 
 from vllm_maxtext_loader.checkpoint.reader import DecodedRegion, Region
 from vllm_maxtext_loader.conversion.plan import CopyOp, LeafConversion, Plan, TensorSpec
-from vllm_maxtext_loader.conversion.values import BFLOAT16, fold_expert_scale, round_to, to_float32
+from vllm_maxtext_loader.conversion.values import fold_expert_scale, round_to, to_float32
+from vllm_maxtext_loader.dtypes import BFLOAT16
 
 
 class ScaleStore:

@@ -11,10 +11,9 @@ import math
 from collections.abc import Mapping
 from typing import Protocol
 
-import ml_dtypes
 import numpy as np
 
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+from vllm_maxtext_loader.dtypes import FLOAT32
 
 
 class Elementwise(Protocol):
@@ -42,7 +41,7 @@ class DivideByRoot:
     """
 
     axis: str
-    root_dtype: np.dtype = dataclasses.field(default_factory=lambda: np.dtype(np.float32))
+    root_dtype: np.dtype = FLOAT32
 
     def to_hf(self, stored: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
         return to_float32(stored) / self._root(sizes)

@@ -14,20 +14,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from vllm_maxtext_loader.dtypes import SAFETENSORS
 from vllm_maxtext_loader.errors import HuggingFaceDirectoryError
 
-SAFETENSORS_DTYPES: dict[str, np.dtype] = {
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F16": np.dtype(np.float16),
-    "F32": np.dtype(np.float32),
-}
-"""The dtypes a MaxText checkpoint can be compared with, or exported to."""
-
-_DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+_DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +43,8 @@ class HfTensor:
 
     @property
     def dtype(self) -> np.dtype | None:
-        """numpy dtype; None where it is not one of `SAFETENSORS_DTYPES`."""
-        return SAFETENSORS_DTYPES.get(self.dtype_name)
+        """numpy dtype; None where it is not one of `dtypes.SAFETENSORS`."""
+        return SAFETENSORS.get(self.dtype_name)
 
     def array(self) -> np.ndarray:
         """The values, mapped from the file and read when they are touched."""

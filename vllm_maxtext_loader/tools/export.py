@@ -30,7 +30,7 @@ from vllm_maxtext_loader.conversion.config_check import refuse_sliding_end
 from vllm_maxtext_loader.conversion.convert import convert
 from vllm_maxtext_loader.conversion.plan import Plan, TensorSpec
 from vllm_maxtext_loader.conversion.published import published_tensors
-from vllm_maxtext_loader.conversion.values import BFLOAT16
+from vllm_maxtext_loader.dtypes import FLOATS
 from vllm_maxtext_loader.errors import (
     HuggingFaceDirectoryError,
     IncompleteLoadError,
@@ -46,12 +46,7 @@ from vllm_maxtext_loader.huggingface.directory import (
 )
 from vllm_maxtext_loader.huggingface.safetensors_files import create_file
 
-DTYPES: dict[str, np.dtype | None] = {
-    "stored": None,
-    "bfloat16": BFLOAT16,
-    "float16": np.dtype(np.float16),
-    "float32": np.dtype(np.float32),
-}
+DTYPES: dict[str, np.dtype | None] = {"stored": None, **FLOATS}
 """Values of `--dtype`."""
 
 TOKENIZER_FILES = (

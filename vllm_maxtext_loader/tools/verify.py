@@ -31,7 +31,8 @@ from vllm_maxtext_loader.conversion.convert import ScaleStore, cast, compute, la
 from vllm_maxtext_loader.conversion.family import WeightConverter
 from vllm_maxtext_loader.conversion.plan import CopyOp, LeafConversion, Plan, TensorSpec
 from vllm_maxtext_loader.conversion.published import expert_parts, published_tensors
-from vllm_maxtext_loader.conversion.values import BFLOAT16, to_float32
+from vllm_maxtext_loader.conversion.values import to_float32
+from vllm_maxtext_loader.dtypes import FLOATS
 from vllm_maxtext_loader.huggingface.directory import (
     HfDirectory,
     canonical,
@@ -41,7 +42,6 @@ from vllm_maxtext_loader.huggingface.directory import (
 )
 from vllm_maxtext_loader.huggingface.safetensors_files import HfTensor
 
-_COARSENESS = [BFLOAT16, np.dtype(np.float16), np.dtype(np.float32)]
 _BLOCK = 4 << 20
 """Values compared at a time: bounds the temporary float32 arrays, and stays in the cache's reach."""
 
@@ -221,7 +221,7 @@ def _pair(target: TensorSpec, tensor: HfTensor | None) -> Row:
     elif tensor.dtype is None:
         row.status, row.detail = Status.DTYPE, f"checkpoint {ours}, HF_DIR {theirs}"
     else:
-        row.compared_as = min(target.dtype, tensor.dtype, key=_COARSENESS.index).name
+        row.compared_as = min(target.dtype, tensor.dtype, key=[*FLOATS.values()].index).name
     return row
 
 
@@ -315,7 +315,7 @@ def _add(
     """
     row.values += theirs.size
     assert row.compared_as is not None
-    coarse = next(dtype for dtype in _COARSENESS if dtype.name == row.compared_as)
+    coarse = FLOATS[row.compared_as]
     ours, theirs_coarse = cast(ours, coarse), cast(theirs, coarse)
     bits = np.dtype(f"u{coarse.itemsize}")
     suspects = ours.view(bits) != theirs_coarse.view(bits)
@@ -398,7 +398,7 @@ def _notes(rows: Any) -> Iterator[str]:
                 f"come back off by a rounding, but times sqrt(hidden size) they are what MaxText stores."
             )
     for (ours, theirs), count in rounded.items():
-        coarse = min(ours, theirs, key=[dtype.name for dtype in _COARSENESS].index)
+        coarse = min(ours, theirs, key=[*FLOATS].index)
         yield (
             f"{count} tensors are {ours} in the checkpoint and {theirs} in HF_DIR: compared after rounding "
             f"to {coarse}."
