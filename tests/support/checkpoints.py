@@ -62,6 +62,18 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "qwen3moe_train",
         "qwen3moe_unscanned",
     ),
+    "llama": (
+        "llama2_script",
+        "llama31_scanned",
+        "llama31_train",
+        "llama31_unscanned",
+        "llama3_scanned",
+        "llama3_unscanned",
+    ),
+    "mistral": (
+        "mistral_scanned",
+        "mistral_script",
+    ),
 }
 """Fixtures by family."""
 
