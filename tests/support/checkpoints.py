@@ -74,6 +74,12 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "mistral_scanned",
         "mistral_script",
     ),
+    "qwen2": (
+        "qwen2_scanned",
+        "qwen2_tied",
+        "qwen2_train",
+        "qwen2_unscanned",
+    ),
 }
 """Fixtures by family."""
 
