@@ -80,6 +80,11 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "qwen2_train",
         "qwen2_unscanned",
     ),
+    "mixtral": (
+        "mixtral_scanned",
+        "mixtral_train",
+        "mixtral_unscanned",
+    ),
 }
 """Fixtures by family."""
 
