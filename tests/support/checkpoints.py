@@ -85,6 +85,12 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "mixtral_train",
         "mixtral_unscanned",
     ),
+    "gemma3": (
+        "gemma3_mm",
+        "gemma3_scanned",
+        "gemma3_train",
+        "gemma3_unscanned",
+    ),
 }
 """Fixtures by family."""
 
