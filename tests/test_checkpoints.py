@@ -13,14 +13,26 @@ import safetensors.torch as safetensors_torch
 import tensorstore
 import torch
 
-from support.checkpoints import FIXTURES, Case, Tree, cases, read_orbax, servable, write_orbax
-from vllm_maxtext_loader import open_checkpoint
+from support.checkpoints import FIXTURES, Tree, cases, read_orbax, servable, write_orbax
+from vllm_maxtext_loader import Checkpoint, open_checkpoint
 from vllm_maxtext_loader.conversion.published import published_tensors
+
+
+def _opened(name: str) -> Checkpoint:
+    """A fixture, with its twin's configuration where shapes do not tell all."""
+    import transformers
+
+    checkpoint = open_checkpoint(cases()[name].items)
+    if checkpoint.plan.family.config_tags or name == "gemma3_mm":
+        return checkpoint.with_config(transformers.AutoConfig.from_pretrained(cases()[name].twin_config))
+    return checkpoint
 
 
 def _equal_to_twin_of(name: str, weights: dict[str, torch.Tensor], twin: dict[str, torch.Tensor]) -> None:
     """As `_equal_to_twin`, for any family: values that are computed with must give what MaxText stores."""
-    plan = open_checkpoint(cases()[name].items).trimmed_plan()
+    plan = _opened(name).trimmed_plan()
+    # MaxText's older script rounds the root of the head size before it divides.
+    by_script = "llama_or_mistral_ckpt" in cases()[name].facts["writer"]
     computed = {
         copy_op.target: (entry.converter, copy_op.sizes)
         for entry in plan.leaves
@@ -40,7 +52,12 @@ def _equal_to_twin_of(name: str, weights: dict[str, torch.Tensor], twin: dict[st
             torch.from_numpy(converter.to_maxtext(value.float().numpy(), sizes)).to(expected.dtype)
             for value in (expected, found)
         )
-        assert (stored == again).float().mean() >= 0.99, key
+        if by_script:
+            torch.testing.assert_close(found, expected, rtol=2**-7, atol=0)
+        elif expected.dtype == torch.float32:
+            torch.testing.assert_close(found, expected, rtol=2**-22, atol=0)
+        else:
+            assert (stored == again).float().mean() >= 0.99, key
 
 
 def _equal_to_twin(weights: dict[str, torch.Tensor], twin: dict[str, torch.Tensor]) -> None:
@@ -64,16 +81,14 @@ def test_every_fixture_is_tested() -> None:
 
 @pytest.mark.parametrize("name", cases())
 def test_weights_equal_the_twin(name: str, twin: Callable[[str], Path]) -> None:
-    case: Case = cases()[name]
     expected = safetensors_torch.load_file(twin(name) / "model.safetensors")
-    checkpoint = open_checkpoint(case.items)
+    checkpoint = _opened(name)
     stored = {target.dtype.name for target in checkpoint.plan.targets.values()}
     if stored == {"bfloat16"}:
         _equal_to_twin_of(name, dict(checkpoint.hf_weights()), expected)
     else:
-        assert stored == {"float32"}, "a kind of checkpoint this test does not know"
         weights = dict(checkpoint.hf_weights())
-        assert {weight.dtype for weight in weights.values()} == {torch.float32}
+        assert {str(weight.dtype).removeprefix("torch.") for weight in weights.values()} == stored
         dtype = next(iter(expected.values())).dtype
         _equal_to_twin_of(name, dict(checkpoint.hf_weights(dtype=dtype)), expected)
 
@@ -100,7 +115,8 @@ def test_every_budget_gives_the_same(name: str, budget: float, twin: Callable[[s
 @pytest.mark.parametrize("budget", [1e-6, 1.0])
 @pytest.mark.parametrize("name", cases())
 def test_every_stored_chunk_is_decoded_once(name: str, budget: float) -> None:
-    checkpoint = open_checkpoint(cases()[name].items, concurrent_gib=budget)
+    checkpoint = _opened(name)
+    checkpoint.concurrent_bytes = max(1, int(budget * 2**30))
     before = _decoded_chunks()
     for _ in checkpoint.hf_weights():
         pass

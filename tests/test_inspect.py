@@ -56,7 +56,7 @@ def test_every_case_loads(name: str) -> None:
     found = inspect_checkpoint(cases()[name].items).to_json()
     json.dumps(found, allow_nan=False)
     sliding_end = found["model"]["dims"]["layers"][-1]["sliding"]
-    assert found["loads"] is not sliding_end
+    assert found["loads"] is not (sliding_end and found["model"]["family"] == "gemma4")
     assert found["bytes"] == sum(leaf["bytes"] for leaf in found["leaves"]) == sum(found["dtypes"].values())
     assert all(
         leaf["key"].startswith(leaf["name"]) or leaf["name"] in leaf["key"] for leaf in found["leaves"]

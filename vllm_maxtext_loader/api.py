@@ -156,7 +156,7 @@ class Checkpoint:
         """
         if self.configured or self._vocab_known:
             return self.plan
-        from vllm_maxtext_loader.huggingface.config import match_presets
+        from vllm_maxtext_loader.huggingface.config import choose_preset, match_presets, with_config_tags
 
         stored = vocab = self.plan.dims.sizes[VOCAB]
         if matched := {preset.dims.sizes[VOCAB] for preset in match_presets(self.plan.dims)}:
@@ -167,6 +167,11 @@ class Checkpoint:
         if vocab != stored:
             logger.info("Dropping %d padded vocabulary rows of %s", stored - vocab, self.plan.where)
             self.plan = make_plan(self.tree, self.plan.family, self.plan.dims.with_sizes(vocab=vocab))
+        if self.plan.family.config_tags:
+            # How some values are stored is told by no shape: a preset decides, or the user is asked.
+            preset = choose_preset(self.plan.dims, self.model_name, self.plan.where)
+            wanted = with_config_tags(self.plan.dims, preset)
+            self.plan = make_plan(self.tree, self.plan.family, wanted)
         self._vocab_known = True
         return self.plan
 

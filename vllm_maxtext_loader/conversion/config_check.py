@@ -41,6 +41,10 @@ def reconcile(
         notes.append(
             f"{found.sizes[VOCAB] - wanted.sizes[VOCAB]} rows beyond vocab_size {wanted.sizes[VOCAB]} are padding: dropped"
         )
+    if found.sizes[VOCAB] < wanted.sizes[VOCAB] <= found.sizes[VOCAB] + family.added_vocab:
+        notes.append(
+            f"{wanted.sizes[VOCAB] - found.sizes[VOCAB]} rows of vocab_size {wanted.sizes[VOCAB]} are not stored: zero"
+        )
     compare(family, found, wanted, where)
     return found, wanted, notes
 
@@ -75,7 +79,7 @@ def list_differences(family: Family, found: ModelDims, wanted: ModelDims) -> lis
     for axis in dict.fromkeys([*wanted.sizes, *found.sizes]):
         configured, stored = wanted.sizes.get(axis), found.sizes.get(axis)
         # A larger table is padded; what lies in its rows is for the reader of values to judge.
-        if axis == VOCAB and configured is not None and stored is not None and configured <= stored:
+        if axis == VOCAB and configured and stored and configured <= stored + family.added_vocab:
             continue
         differ(family.axes.get(axis, axis.replace("_", " ")), configured, stored)
     for tag in sorted(found.tags ^ wanted.tags):

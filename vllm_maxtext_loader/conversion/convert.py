@@ -160,7 +160,8 @@ def convert(
             target = plan.targets[copy_op.target]
             if copy_op.target not in filling:
                 wanted = target.dtype if dtype is None or target.keep_dtype else dtype
-                made = np.empty(target.shape, wanted) if allocate is None else allocate(target, wanted)
+                # Zeros: a vocabulary may have rows that are not stored.
+                made = np.zeros(target.shape, wanted) if allocate is None else allocate(target, wanted)
                 filling[copy_op.target] = made
             if (found := layer_of(entry, copy_op, decoded)) is None:
                 continue

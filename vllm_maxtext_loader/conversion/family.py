@@ -78,6 +78,13 @@ class WeightConverter:
             values = operation.to_maxtext(values, sizes)
         return values
 
+    def stored_forms(self, values: np.ndarray, sizes: Mapping[str, int]) -> Iterator[np.ndarray]:
+        """What MaxText's converters make of Hugging Face values; `to_maxtext` first."""
+        if len(self.values) == 1:
+            yield from self.values[0].stored_forms(values, sizes)
+        else:
+            yield self.to_maxtext(values, sizes)
+
     def padded_axis(self) -> int | None:
         """Position of the padded axis in the leaf (of one layer)."""
         return None if self.padded is None else self.rearrange.maxtext_axes.index(self.padded)
@@ -202,6 +209,9 @@ class Family:
         begins_with_bos: trained with <bos> at the beginning.
         ends_in_full_attention: transformers makes the last layer a full-attention one, whatever config.json says.
         config_tags: tags that a configuration decides and shapes do not show.
+        refused_names: MaxText's model names that cannot be loaded by name, and why.
+        multimodal_text: prefix of the text model in a checkpoint with a vision tower.
+        added_vocab: rows that a configuration may have beyond the stored table, at most; they are zero.
     """
 
     name: str
@@ -228,6 +238,9 @@ class Family:
     begins_with_bos: bool = False
     ends_in_full_attention: bool = False
     config_tags: frozenset[str] = frozenset()
+    refused_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    multimodal_text: str = "model.language_model."
+    added_vocab: int = 0
 
     @functools.cached_property
     def by_leaf(self) -> Mapping[tuple[Scope, str], WeightConverter]:
@@ -286,7 +299,7 @@ class Family:
 
     def hf_name(self, dims: ModelDims, row: WeightConverter, index: int = 0) -> str:
         """Full Hugging Face name, as in the published checkpoints."""
-        text = "model.language_model." if dims.has_vision else "model."
+        text = self.multimodal_text if dims.has_vision else "model."
         return self.prefixes[row.scope].format(text=text, i=index) + row.hf
 
     def hf_shapes(self, dims: ModelDims) -> Iterator[tuple[str, tuple[int, ...]]]:

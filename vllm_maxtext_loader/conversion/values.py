@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 import numpy as np
 
-from vllm_maxtext_loader.dtypes import FLOAT32
+from vllm_maxtext_loader.dtypes import BFLOAT16, FLOAT32
 
 
 class Elementwise(Protocol):
@@ -27,9 +27,23 @@ class Elementwise(Protocol):
         """The inverse: what MaxText stores for Hugging Face values."""
         ...
 
+    def stored_forms(self, values: np.ndarray, sizes: Mapping[str, int]) -> Iterator[np.ndarray]:
+        """`to_maxtext`, and what other converters of MaxText's make of the same values."""
+        ...
+
+
+class _OneForm:
+    """An operation that all of MaxText's converters compute alike."""
+
+    def to_maxtext(self, values: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
+        raise NotImplementedError
+
+    def stored_forms(self, values: np.ndarray, sizes: Mapping[str, int]) -> Iterator[np.ndarray]:
+        yield self.to_maxtext(values, sizes)
+
 
 @dataclasses.dataclass(frozen=True)
-class DivideByRoot:
+class DivideByRoot(_OneForm):
     """Undoes a multiplication by the square root of an axis' size.
 
     bfloat16 values do not all come back: several of them map to the same stored value (8 to 15 % of an embedding's).
@@ -63,11 +77,16 @@ class MultiplyByRoot:
         return to_float32(stored) * np.float32(math.sqrt(sizes[self.axis]))
 
     def to_maxtext(self, values: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
-        return to_float32(values) / np.float32(math.sqrt(sizes[self.axis]))
+        return to_float32(values) * np.float32(1 / math.sqrt(sizes[self.axis]))
+
+    def stored_forms(self, values: np.ndarray, sizes: Mapping[str, int]) -> Iterator[np.ndarray]:
+        yield self.to_maxtext(values, sizes)
+        # MaxText 0.2.5 checkpoint_conversion/standalone_scripts/llama_or_mistral_ckpt.py rounds the root, and divides.
+        yield to_float32(values) / np.float32(np.array(math.sqrt(sizes[self.axis]), BFLOAT16))
 
 
 @dataclasses.dataclass(frozen=True)
-class SubtractOne:
+class SubtractOne(_OneForm):
     """Norm weights that Hugging Face stores as the difference from one."""
 
     def to_hf(self, stored: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:

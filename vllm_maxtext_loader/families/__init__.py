@@ -8,9 +8,16 @@ from typing import Any
 from vllm_maxtext_loader.conversion.dims import ModelDims
 from vllm_maxtext_loader.conversion.family import Family, Preset
 from vllm_maxtext_loader.errors import ConfigMismatchError, OptionError, UnknownModelError
-from vllm_maxtext_loader.families import gemma4, qwen3
+from vllm_maxtext_loader.families import gemma3, gemma4, llama, mixtral, qwen2, qwen3
 
-FAMILIES: tuple[Family, ...] = (gemma4.FAMILY, qwen3.FAMILY)
+FAMILIES: tuple[Family, ...] = (
+    gemma4.FAMILY,
+    gemma3.FAMILY,
+    qwen3.FAMILY,
+    llama.FAMILY,
+    qwen2.FAMILY,
+    mixtral.FAMILY,
+)
 
 _BY_NAME = {family.name: family for family in FAMILIES}
 
@@ -80,6 +87,8 @@ def find_preset(model_name: str) -> tuple[Family, Preset]:
     """
     name = model_name.lower().replace("_", "-").removesuffix("-it")
     for family in FAMILIES:
+        if name in family.refused_names:
+            raise OptionError(f"model_name {model_name!r} is not supported: {family.refused_names[name]}.")
         for preset in family.presets:
             if preset.name == name:
                 return family, preset

@@ -7,6 +7,7 @@ there is none, or several that differ, a `model_name` or a configuration has to 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +23,19 @@ if TYPE_CHECKING:
 
 def match_presets(dims: ModelDims) -> list[Preset]:
     """Published models of these dimensions; vocabulary padding and the vision tower do not count."""
-    text = dims.without_vision()
+    family = families.by_name(dims.family)
+    text = _shown(family, dims.without_vision())
     return [
         preset
-        for preset in families.by_name(dims.family).presets
-        if text.with_sizes(vocab=preset.dims.sizes[VOCAB]) == preset.dims
+        for preset in family.presets
+        if text.with_sizes(vocab=preset.dims.sizes[VOCAB]) == _shown(family, preset.dims)
         and preset.dims.sizes[VOCAB] <= text.sizes[VOCAB]
     ]
+
+
+def _shown(family: Family, dims: ModelDims) -> ModelDims:
+    """`dims` without what shapes do not show."""
+    return dataclasses.replace(dims, tags=dims.tags - family.config_tags)
 
 
 def config_classes(family: Family) -> dict[str, type[PretrainedConfig]]:
@@ -65,7 +72,9 @@ def make_config(dims: ModelDims, model_name: str | None, where: str) -> Pretrain
         EngineError: the installed transformers does not have the family.
     """
     family = families.by_name(dims.family)
-    fields = family.config_fields(dims, choose_preset(dims, model_name, where))
+    preset = choose_preset(dims, model_name, where)
+    dims = with_config_tags(dims, preset)
+    fields = family.config_fields(dims, preset)
     kind = fields.pop("model_type")
     try:
         config: Any = config_classes(family)[kind](**fields)
@@ -77,6 +86,8 @@ def make_config(dims: ModelDims, model_name: str | None, where: str) -> Pretrain
         raise ConfigMismatchError(
             f"{where}: transformers refuses a configuration of these dimensions ({type(error).__name__}: {detail})."
         ) from error
+    if expressed.sizes[VOCAB] - dims.sizes[VOCAB] in range(1, family.added_vocab + 1):
+        expressed = expressed.with_sizes(vocab=dims.sizes[VOCAB])
     if expressed != dims:
         end = (
             f" (The {family.title} of transformers always ends in a full-attention layer.)"
@@ -89,6 +100,14 @@ def make_config(dims: ModelDims, model_name: str | None, where: str) -> Pretrain
             f"interface still converts such a checkpoint."
         )
     return config
+
+
+def with_config_tags(dims: ModelDims, preset: Preset) -> ModelDims:
+    """`dims` with the tags that shapes do not show, as a preset has them."""
+    family = families.by_name(dims.family)
+    return dataclasses.replace(
+        dims, tags=(dims.tags - family.config_tags) | (preset.dims.tags & family.config_tags)
+    )
 
 
 def choose_preset(dims: ModelDims, model_name: str | None, where: str) -> Preset:
