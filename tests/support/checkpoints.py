@@ -91,6 +91,12 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "gemma3_train",
         "gemma3_unscanned",
     ),
+    "gpt_oss": (
+        "gptoss_mixed",
+        "gptoss_scanned",
+        "gptoss_train",
+        "gptoss_unscanned",
+    ),
 }
 """Fixtures by family."""
 
