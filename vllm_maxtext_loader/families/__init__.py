@@ -8,16 +8,25 @@ from typing import Any
 from vllm_maxtext_loader.conversion.dims import ModelDims
 from vllm_maxtext_loader.conversion.family import Family, Preset
 from vllm_maxtext_loader.errors import ConfigMismatchError, OptionError, UnknownModelError
-from vllm_maxtext_loader.families import gemma3, gemma4, llama, mixtral, qwen2, qwen3
+from vllm_maxtext_loader.families import gemma3, gemma4, gpt_oss, llama, mixtral, qwen2, qwen3
 
 FAMILIES: tuple[Family, ...] = (
     gemma4.FAMILY,
     gemma3.FAMILY,
     qwen3.FAMILY,
-    llama.FAMILY,
     qwen2.FAMILY,
+    llama.FAMILY,
     mixtral.FAMILY,
+    gpt_oss.FAMILY,
 )
+
+UNSUPPORTED: dict[str, str] = {
+    "pre_self_attention_norm_local": "Gemma 2",
+    "wkv_a": "DeepSeek or Kimi (multi-head latent attention)",
+    "in_proj_qkvz": "Qwen3-Next or Qwen3.5 (gated delta net)",
+    "Llama4VisionModel_0": "Llama 4",
+}
+"""Parts of leaf names by which models that MaxText writes and this package cannot load are recognised."""
 
 _BY_NAME = {family.name: family for family in FAMILIES}
 
@@ -47,6 +56,13 @@ def identify(leaves: Collection[str], where: str) -> Family:
             f"{where}: fits several model families: {', '.join(family.title for family in fitting)}. This is a fault of "
             f"vllm-maxtext-loader; first leaves: {first}."
         )
+    parts = {part for leaf in leaves for part in leaf.split(".")}
+    for part, title in UNSUPPORTED.items():
+        if part in parts:
+            raise UnknownModelError(
+                f"{where}: is {title}, which vllm-maxtext-loader does not load yet. Convert it with MaxText's to_huggingface "
+                f"and serve the result with vLLM's default loader."
+            )
     against = "; ".join(f"not {title} ({', '.join(found)})" for title, found in objections.items())
     raise UnknownModelError(
         f"{where}: is not a model of a family this version knows: {against}. It has {len(leaves)} leaves, first {first}."

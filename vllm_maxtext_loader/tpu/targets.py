@@ -78,11 +78,7 @@ class _Finder:
         self.weights: dict[tuple[int, str], PendingArray] = {}
         self._dtype = dtype
         self._names = {id(module): name for name, module in model.named_modules()}
-        decoder: Any = next(
-            module
-            for module in model.modules()
-            if hasattr(module, "layers") and hasattr(module, "embed_tokens")
-        )
+        decoder: Any = next(module for module in model.modules() if _embedding_of(module) is not None)
         for index, layer in enumerate(decoder.layers):
             own = leaves.get(index, {})
             for packed in family.modules:
@@ -95,7 +91,7 @@ class _Finder:
                     self._linear(index, module, packed, own)
         outside = leaves.get(NON_LAYER, {})
         head = next((module for module in model.modules() if isinstance(module, ParallelLMHead)), None)
-        self._embedding(decoder.embed_tokens, head, outside)
+        self._embedding(_embedding_of(decoder), head, outside)
 
     def _add(self, layer: int, weight: PendingArray) -> None:
         for leaf in weight.missing_leaves:
@@ -246,6 +242,13 @@ class _Finder:
                 dtype=self._dtype,
             ),
         )
+
+
+def _embedding_of(module: Any) -> Any:
+    """The token embedding of a decoder, None of any other module; vLLM's GPT-OSS has its own name for it."""
+    if not hasattr(module, "layers"):
+        return None
+    return getattr(module, "embed_tokens", None) or getattr(module, "embedding", None)
 
 
 def _submodule(layer: nn.Module, path: str) -> Any:
