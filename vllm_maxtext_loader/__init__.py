@@ -1,10 +1,10 @@
-"""Serve MaxText's Gemma 4 checkpoints with vLLM, straight from Orbax.
+"""Serve MaxText's checkpoints with vLLM, straight from Orbax.
 
     vllm serve gs://bucket/run/checkpoints --load-format maxtext --tokenizer google/gemma-4-26B-A4B-it
 
-The flow, one room per question: `checkpoint.location` (where is it?), `checkpoint.tree` (what is in it?),
-`conversion.layout` (which layer is what?), `conversion.gemma4` (what does it become?), `conversion.plan` (the whole list,
-before a byte is read), `checkpoint.reader` and `conversion.convert` (read it), `loader` (give it to vLLM).
+A checkpoint flows one way, and each folder answers one question: `checkpoint` (where is it, what is in it, read it),
+`families` (what does each leaf become), `conversion` (the machinery), `huggingface` (the other file format), `engine` and
+`tpu` (give it to vLLM), `tools` and `cli` (the commands).
 """
 
 from __future__ import annotations

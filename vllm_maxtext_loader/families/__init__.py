@@ -24,7 +24,7 @@ UNSUPPORTED: dict[str, str] = {
     "pre_self_attention_norm_local": "Gemma 2",
     "wkv_a": "DeepSeek or Kimi (multi-head latent attention)",
     "in_proj_qkvz": "Qwen3-Next or Qwen3.5 (gated delta net)",
-    "Llama4VisionModel_0": "Llama 4",
+    "Llama4MoEBlock_0": "Llama 4",
 }
 """Parts of leaf names by which models that MaxText writes and this package cannot load are recognised."""
 
