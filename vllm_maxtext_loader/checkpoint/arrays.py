@@ -13,6 +13,7 @@ import tensorstore as ts
 from vllm_maxtext_loader.checkpoint.storage.path import Location
 from vllm_maxtext_loader.checkpoint.storage.retry import summarize, to_storage_error
 from vllm_maxtext_loader.checkpoint.storage.stall import StallDetector
+from vllm_maxtext_loader.checkpoint.substitutes import find_substitute
 from vllm_maxtext_loader.errors import CorruptMetadataError, MaxTextLoadError, ReadError
 
 
@@ -54,7 +55,9 @@ def open_arrays(
             except TimeoutError as error:
                 raise to_storage_error(f"cannot open leaf {name} of {items}", error) from error
             except Exception as error:
-                raise array_error(f"cannot open leaf {name} of {items}", error, at_open=True) from error
+                raise array_error(
+                    f"cannot open leaf {name} of {items}", error, items, at_open=True
+                ) from error
     finally:
         # A future that nobody holds is given up. Its cancel() may wait, with Python's lock in hand, for a callback that waits for
         # that lock (TensorStore 0.1.86 python/tensorstore/future.cc): for ever, where many arrays fail at once.
@@ -80,18 +83,23 @@ def _spec(items: Location, name: str, stored: Format, since: float) -> dict[str,
     }
 
 
-def array_error(what: str, error: BaseException, *, at_open: bool = False) -> MaxTextLoadError:
+def array_error(
+    what: str, error: BaseException, directory: Location, *, at_open: bool = False
+) -> MaxTextLoadError:
     """TensorStore's error, as one of ours.
 
     Args:
         what: "cannot read leaf … of …".
         error: what TensorStore raised.
+        directory: what was being read.
         at_open: whether only metadata was being read.
     """
     text = str(error)
     # What stands in quotes is the checkpoint's: paths and names.
     if text.partition(":")[0] in _DAMAGED or "Error decoding" in re.sub(r'"(?:[^"\\]|\\.)*"', "", text):
         kind = CorruptMetadataError if at_open else ReadError
+        if found := find_substitute(directory, text):
+            return kind(f"{what}: {found} ({summarize(text)})")
         return kind(
             f"{what}: {summarize(text)}. The checkpoint is incomplete or damaged there, or its writer has deleted the "
             "step meanwhile: copy it again, or choose another step."

@@ -21,6 +21,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from vllm_maxtext_loader.checkpoint.storage.path import Location
+from vllm_maxtext_loader.checkpoint.substitutes import describe_substitute
 from vllm_maxtext_loader.errors import (
     CheckpointNotFoundError,
     CorruptMetadataError,
@@ -307,6 +308,8 @@ def _parse(location: Location, raw: bytes) -> dict[str, object]:
     try:
         parsed = json.loads(raw)
     except (ValueError, RecursionError) as error:
+        if found := describe_substitute(raw, is_json=True):
+            raise CorruptMetadataError(f"{location}: {found}") from error
         raise CorruptMetadataError(
             f"{location}: is not valid JSON ({error}). Copy the checkpoint again, or choose another step."
         ) from error

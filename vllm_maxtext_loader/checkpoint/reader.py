@@ -24,6 +24,7 @@ import numpy as np
 import tensorstore as ts
 
 from vllm_maxtext_loader.checkpoint.arrays import array_error
+from vllm_maxtext_loader.checkpoint.storage.path import Location
 from vllm_maxtext_loader.checkpoint.storage.retry import to_storage_error
 from vllm_maxtext_loader.checkpoint.storage.stall import StallDetector
 from vllm_maxtext_loader.checkpoint.tree import Leaf
@@ -273,7 +274,8 @@ def _result(watch: StallDetector, future: ts.Future, leaf: Leaf) -> Any:
     except TimeoutError as error:
         raise to_storage_error(f"cannot read leaf {leaf.key} of {watch.where}", error) from error
     except Exception as error:
-        raise array_error(f"cannot read leaf {leaf.key} of {watch.where}", error) from error
+        what = f"cannot read leaf {leaf.key} of {watch.where}"
+        raise array_error(what, error, Location(watch.where)) from error
 
 
 def trailing_zero_rows(leaf: Leaf, arrays: dict[str, ts.TensorStore], where: str) -> int:

@@ -1,8 +1,8 @@
 """What is in a checkpoint: every leaf with its shape, dtype and chunks; no array data is read.
 
 Orbax keeps the tree in `_METADATA` (JSON) and each array's shape in its own zarr metadata. The tree
-is wrapped differently by each writer; `WRAPPERS` lists them. Whatever lies outside the wrapper
-(optimizer state, step, random number state) is named in `Tree.skipped` and never read.
+is wrapped differently by each writer; `WRITERS` lists them. What is no weight (optimizer state, step,
+random number state; see `marks`) is named in `Tree.skipped` and never read.
 """
 
 from __future__ import annotations
@@ -18,14 +18,19 @@ import tensorstore as ts
 
 from vllm_maxtext_loader.checkpoint.arrays import Format, open_arrays
 from vllm_maxtext_loader.checkpoint.find import TREE_METADATA, ItemLocation
-from vllm_maxtext_loader.checkpoint.storage.path import Location
-from vllm_maxtext_loader.dtypes import FLOATS
-from vllm_maxtext_loader.errors import (
-    CorruptMetadataError,
-    MaxTextLoadError,
-    UnknownModelError,
-    UnsupportedDtypeError,
+from vllm_maxtext_loader.checkpoint.marks import (
+    Key,
+    dtype_error,
+    plain,
+    random_streams,
+    refuse_foreign,
+    state_reason,
 )
+from vllm_maxtext_loader.checkpoint.storage.path import Location
+from vllm_maxtext_loader.checkpoint.substitutes import describe_substitute
+from vllm_maxtext_loader.checkpoint.unmerged import OCDBT_MANIFEST, open_unmerged, unmerged_parts
+from vllm_maxtext_loader.dtypes import FLOATS
+from vllm_maxtext_loader.errors import CorruptMetadataError, UnknownModelError
 
 logger = logging.getLogger("vllm." + __name__)
 
@@ -41,9 +46,6 @@ WRITERS: dict[tuple[str, ...], str] = {
 }
 """Known wrappers, in order of preference where a tree holds several."""
 
-OCDBT_MANIFEST = "manifest.ocdbt"
-
-_NOT_WEIGHTS = ("opt_state", "optimizer_state", "optimizer", "nnx_aux")
 _ARRAY_TYPES = ("jax.Array", "np.ndarray", "scalar")
 
 
@@ -88,7 +90,7 @@ class Skipped:
     Attributes:
         key: its name in the checkpoint.
         nbytes: decoded size in bytes.
-        reason: "optimizer state", "random number state", "training step".
+        reason: "optimizer state", "random number state", "training step" and so on.
     """
 
     key: str
@@ -102,11 +104,13 @@ class Tree:
 
     Attributes:
         location: where it was found.
-        wrapper: what kind of writer wrapped it (a value of `WRAPPERS`).
+        writer: what kind of writer wrapped it (a value of `WRITERS`).
         leaves: by dotted path inside the model, in the order of `_METADATA`.
         skipped: arrays outside the model.
         ocdbt: whether the arrays lie in one OCDBT database.
         zarr3: whether the arrays are zarr v3 (else v2).
+        complete: whether chunks of zeros were stored; see `Format`.
+        base: directory of the database, or of the arrays' directories.
         arrays: opened TensorStore handles by `Leaf.key`.
     """
 
@@ -116,6 +120,8 @@ class Tree:
     skipped: tuple[Skipped, ...]
     ocdbt: bool
     zarr3: bool
+    complete: bool
+    base: Location
     arrays: dict[str, ts.TensorStore] = dataclasses.field(repr=False)
 
     @property
@@ -135,17 +141,17 @@ def read_tree(location: ItemLocation, context: ts.Context) -> Tree:
     Raises:
         CorruptMetadataError: damaged JSON, an array that the tree names is not there, or the databases of the
             writer's processes were never merged.
-        UnknownModelError: no MaxText model inside.
+        UnknownModelError: no MaxText model inside, or adapters without one.
         UnsupportedDtypeError: a leaf of the model is not bfloat16, float16 or float32.
         StorageError: the storage refuses or does not answer.
     """
     items = location.items
     keys, stored = _parse(items)
-    prefix = _prefix_of(keys, items)
-    try:
-        arrays = open_arrays(items, [".".join(key) for key in keys], stored, context)
-    except CorruptMetadataError as error:
-        raise _unmerged(items) or error from error
+    streams = random_streams(keys)
+    prefixes = _prefixes(keys, streams)
+    refuse_foreign(keys, prefixes[0] if prefixes else None, items)
+    prefix = _choose(prefixes, keys, items)
+    base, arrays = _open(items, [".".join(key) for key in keys], stored, context)
     leaves: dict[str, Leaf] = {}
     skipped: list[Skipped] = []
     opened: dict[str, ts.TensorStore] = {}
@@ -153,20 +159,18 @@ def read_tree(location: ItemLocation, context: ts.Context) -> Tree:
         name = ".".join(key)
         array = arrays[name]
         dtype = np.dtype(array.dtype.numpy_dtype)
-        if reason := _skip_reason(key, prefix):
+        reason = state_reason(key, prefix, streams)
+        if reason is None and key[: len(prefix)] != prefix:
+            reason = f"outside the model ({key[0]})"
+        if reason is not None:
             skipped.append(Skipped(name, math.prod(array.shape) * dtype.itemsize, reason))
             continue
         path = key[len(prefix) :]
-        if path[-1:] == ("value",) and len(path) > 1:
-            path = path[:-1]
         if not path:
             raise CorruptMetadataError(f"{items}: {name} is an array; expected the model's leaves below it.")
+        path = plain(path)
         if array.dtype.name not in FLOATS:
-            raise UnsupportedDtypeError(
-                f"{items}: leaf {name} is stored as {array.dtype.name}; expected one of "
-                f"{', '.join(FLOATS)}. Quantized checkpoints are not supported: save the unquantized "
-                f"weights from MaxText."
-            )
+            raise dtype_error(name, path, array.shape, array.dtype.name, FLOATS, items)
         if 0 in array.shape:
             raise CorruptMetadataError(f"{items}: leaf {name} has the empty shape {list(array.shape)}.")
         leaf = Leaf(
@@ -192,13 +196,15 @@ def read_tree(location: ItemLocation, context: ts.Context) -> Tree:
         writer=WRITERS.get(prefix, f"unnamed wrapper {'.'.join(prefix)}"),
         leaves=leaves,
         skipped=tuple(skipped),
-        ocdbt=stored.ocdbt,
+        ocdbt=stored.ocdbt or base != items,
         zarr3=stored.zarr3,
+        complete=stored.complete,
+        base=base,
         arrays=opened,
     )
 
 
-def _parse(items: Location) -> tuple[list[tuple[str, ...]], Format]:
+def _parse(items: Location) -> tuple[list[Key], Format]:
     """Array keys of `_METADATA`, and how the arrays are stored."""
     path = items / TREE_METADATA
     advice = "Copy the checkpoint again, or choose another step."
@@ -219,6 +225,8 @@ def _parse(items: Location) -> tuple[list[tuple[str, ...]], Format]:
             parsed.get(name) for name in ("use_ocdbt", "use_zarr3", "store_array_data_equal_to_fill_value")
         ]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if found := describe_substitute(raw, is_json=True):
+            raise CorruptMetadataError(f"{path}: {found}") from error
         raise CorruptMetadataError(
             f"{path}: is damaged ({type(error).__name__}: {error}); not the tree metadata Orbax writes. "
             f"{advice}"
@@ -249,64 +257,46 @@ def _parse(items: Location) -> tuple[list[tuple[str, ...]], Format]:
     return keys, Format(ocdbt=ocdbt, zarr3=bool(zarr3), complete=bool(complete))
 
 
-def _unmerged(items: Location) -> CorruptMetadataError | None:
-    """The error for databases without the manifest that joins them; None where the manifest is there.
-
-    Looked for only where an array could not be opened: a good checkpoint costs no request.
-    """
+def _open(
+    items: Location, names: list[str], stored: Format, context: ts.Context
+) -> tuple[Location, dict[str, ts.TensorStore]]:
+    """The directory that the arrays are in, and the arrays by name."""
     try:
-        names = items.listdir()
-    except (OSError, MaxTextLoadError):
-        return None
-    parts = [name for name in names if name.startswith("ocdbt.process_")]
-    if OCDBT_MANIFEST in names or not parts:
-        return None
-    found = parts[0] if len(parts) == 1 else f"{parts[0]} to {parts[-1]} ({len(parts)} in all)"
-    return CorruptMetadataError(
-        f"{items}: {OCDBT_MANIFEST} does not exist next to {found}: the writer ended before it merged what its "
-        "processes wrote, or the file was lost in a copy. Finish the save with Orbax "
-        "(`orbax.checkpoint.PyTreeCheckpointHandler().finalize(etils.epath.Path(ITEMS))`), copy it again, or choose "
-        "another step."
-    )
+        return items, open_arrays(items, names, stored, context)
+    except CorruptMetadataError:
+        if not (parts := unmerged_parts(items)):
+            raise
+    return open_unmerged(items, parts, names, stored, context)
 
 
-def _prefix_of(keys: Iterable[tuple[str, ...]], items: Location) -> tuple[str, ...]:
+def _prefixes(keys: Iterable[Key], streams: frozenset[Key]) -> list[Key]:
+    """What precedes the embeddings of the tree; known writers' first."""
+    found: list[Key] = []
+    for key in keys:
+        bare = plain(key)
+        if bare[-2:] == EMBEDDING_LEAF and state_reason(bare[:-2] or bare, None, streams) is None:
+            found.append(bare[:-2])
+    return [
+        *(prefix for prefix in WRITERS if prefix in found),
+        *(prefix for prefix in found if prefix not in WRITERS),
+    ]
+
+
+def _choose(prefixes: list[Key], keys: Iterable[Key], items: Location) -> Key:
     """The path prefix under which the model lies.
 
     Raises:
         UnknownModelError: the tree holds no MaxText model, or several of them.
     """
-    found: list[tuple[str, ...]] = []
-    top: set[str] = set()
-    for key in keys:
-        top.add(key[0])
-        bare = key[:-1] if key[-1] == "value" else key
-        if bare[-2:] == EMBEDDING_LEAF and not set(bare) & set(_NOT_WEIGHTS):
-            found.append(bare[:-2])
-    for prefix in WRITERS:
-        if prefix in found:
-            return prefix
-    if len(found) == 1:
-        return found[0]
-    if found:
+    if len(prefixes) == 1 or (prefixes and prefixes[0] in WRITERS):
+        return prefixes[0]
+    if prefixes:
         raise UnknownModelError(
-            f"{items}: holds several models: {', '.join('.'.join(prefix) for prefix in found)}; expected "
+            f"{items}: holds several models: {', '.join('.'.join(prefix) for prefix in prefixes)}; expected "
             f"one, under one of {', '.join('.'.join(prefix) or '(root)' for prefix in WRITERS)}."
         )
+    top = sorted({key[0] for key in keys})
     raise UnknownModelError(
         f"{items}: is no MaxText model: no leaf {'.'.join(EMBEDDING_LEAF)} under any wrapper. Top-level keys: "
-        f"{', '.join(sorted(top)[:12]) or 'none'}."
+        f"{', '.join(top[:12]) or 'none'}."
     )
-
-
-def _skip_reason(key: tuple[str, ...], prefix: tuple[str, ...]) -> str | None:
-    """Why an array is not part of the weights; None where it is."""
-    if set(key[:1]) & set(_NOT_WEIGHTS):
-        return "random number state" if "rngs" in key else "optimizer state"
-    if "rngs" in key:
-        return "random number state"
-    if key == ("step",) or key[-2:] == ("optimizer", "step"):
-        return "training step"
-    if key[: len(prefix)] != prefix:
-        return f"outside the model ({key[0]})"
-    return None

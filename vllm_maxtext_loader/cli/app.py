@@ -110,9 +110,10 @@ def inspect(
 ) -> None:
     """Show what is in a checkpoint and whether it would load.
 
-    Without --values only metadata is read: a second, whatever the size, and "would load" does not mean that the
-    data files are there or hold numbers. With --values a missing or damaged chunk is an error, and a NaN, an
-    infinity or a leaf of zeros is exit code 1.
+    Without --values only metadata is read, and names and sizes of the data files: a second or two, whatever the
+    size of the model. "Loads" then means that every chunk is there, not that it holds numbers; where that many
+    files are not listed (more than 10,000 in a bucket), the output says so. With --values a missing or damaged chunk
+    is an error, and a NaN, an infinity or a leaf of zeros is exit code 1.
 
     [bold]Examples[/bold]
       vllm-maxtext inspect gs://bucket/run/checkpoints
@@ -122,7 +123,8 @@ def inspect(
 
     [bold]Exit codes[/bold]
        0  it would load
-       1  with --values: a value is not finite, or a leaf is all zero
+       1  chunks are missing; with --values: a value is not finite, or a
+          leaf is all zero
        2  it would not load, or there is no checkpoint
       70  a fault of vllm-maxtext-loader, not of the input
 
@@ -131,6 +133,8 @@ def inspect(
       loads, needs_config    bool; the latter: only with a configuration
                              or a model name
       error                  null, or {type, message}: why it would not load
+      data_files             {checked, detail, missing: {key, missing,
+                             chunks, first} each}
       values_ok              bool; null without --values
       model                  {family, name, published, candidates, dims}
       layout                 {description, title, scan_axis, blocks, layers}
@@ -165,7 +169,7 @@ def inspect(
             show_inspection(console(), found)
         if found.error is not None:
             raise found.error
-        if found.values_ok is False:
+        if found.data.missing or found.values_ok is False:
             raise typer.Exit(DIFFERENT)
 
 

@@ -23,6 +23,7 @@ from vllm_maxtext_loader.tools.verify import Report, Row, Status
 _SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 _NARROWEST_NAME = 20
 _INDENT = 2
+_MISSING_SHOWN = 6
 
 
 def show_inspection(console: Console, found: Inspection) -> None:
@@ -51,6 +52,8 @@ def show_inspection(console: Console, found: Inspection) -> None:
         fact("become", f"{len(plan.targets)} Hugging Face tensors")
     for reason, (arrays, total) in found.skipped.items():
         fact("skipped", f"{size(total)} {reason} ({arrays} {'array' if arrays == 1 else 'arrays'})")
+    for name, text, style in _data(found):
+        fact(name, text, style)
     for name, text in _steps(found):
         fact(name, text)
     for note in plan.notes if plan else ():
@@ -114,9 +117,33 @@ def _steps(found: Inspection) -> Iterable[tuple[str, str]]:
         yield "", f"{len(unknown)} more, {unknown[0].detail}"
 
 
+def _data(found: Inspection) -> Iterable[tuple[str, str, str]]:
+    """What was looked at to say that it loads: the files of the chunks, or only metadata."""
+    data = found.data
+    if data.missing:
+        chunks = sum(leaf.missing for leaf in data.missing)
+        yield "data", f"{chunks:,} chunks of {len(data.missing)} leaves are MISSING", "bold red"
+        for leaf in data.missing[:_MISSING_SHOWN]:
+            yield "", f"{leaf.key}: {leaf.missing:,} of {leaf.chunks:,}; {leaf.first}", ""
+        if len(data.missing) > _MISSING_SHOWN:
+            yield "", f"and {len(data.missing) - _MISSING_SHOWN} more leaves (--json lists them)", ""
+    elif found.values is not None:
+        yield "data", "all chunks were read", ""
+    elif data.checked:
+        yield "data", f"no chunk is missing ({data.detail}); values were not read: --values reads all", ""
+    else:
+        yield (
+            "data",
+            f"metadata only: array data was not looked at ({data.detail}); --values reads all",
+            "yellow",
+        )
+
+
 def _verdict(found: Inspection) -> tuple[str, str]:
     if found.error is not None:
         return f"no: {type(found.error).__name__}: {found.error}", "bold red"
+    if found.data.missing:
+        return "no: chunks are missing; copy the checkpoint again, or choose another step", "bold red"
     if found.needs_config:
         return (
             "yes, with the model's own configuration (--model HF_DIR and the checkpoint in "

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from vllm_maxtext_loader.checkpoint.marks import refuse_adapters
 from vllm_maxtext_loader.checkpoint.tree import Leaf, Tree
 from vllm_maxtext_loader.conversion.config_check import reconcile
 from vllm_maxtext_loader.conversion.dims import ModelDims
@@ -135,6 +136,7 @@ def make_plan(tree: Tree, family: Family, wanted: ModelDims | None = None) -> Pl
             see each; all from metadata.
     """
     where = str(tree.location.items)
+    refuse_adapters(tree.leaves.values(), where)
     layouts = read_layouts(tree.leaves.values(), family, where)
     if len(layouts) == 1:
         return _plan(layouts[0], wanted, where)

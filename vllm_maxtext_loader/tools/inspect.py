@@ -1,4 +1,6 @@
-"""What is in a checkpoint, and would it load? From metadata alone, unless `read_values` is called; without torch."""
+"""What is in a checkpoint, and would it load? From metadata and names of files, unless `read_values` is called; without
+torch.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from vllm_maxtext_loader.checkpoint.data_files import DataFiles, check_data_files
 from vllm_maxtext_loader.checkpoint.find import STEP_NAME, TMP_MARK, ItemLocation, locate
 from vllm_maxtext_loader.checkpoint.reader import DecodedRegion, read_regions
 from vllm_maxtext_loader.checkpoint.statistics import ValueStatistics, statistics
@@ -22,6 +25,7 @@ from vllm_maxtext_loader.conversion.layout import describe
 from vllm_maxtext_loader.conversion.plan import Plan, make_plan
 from vllm_maxtext_loader.errors import (
     CheckpointNotFoundError,
+    CorruptMetadataError,
     MaxTextLoadError,
     NotACheckpointError,
     StorageError,
@@ -51,10 +55,12 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-    """All that metadata tells, and statistics of the values where they were read.
+    """All that metadata tells, what a look at the data files' names and sizes found, and statistics of the values
+    where they were read.
 
     Attributes:
         tree: leaves and storage.
+        data: whether the chunks are there.
         plan: what a load would make of it; None where it would not load.
         preset: the published model it is, or is taken for; None where it is none of them, or one of several.
         candidates: published models of these dimensions that shapes do not tell apart.
@@ -65,6 +71,7 @@ class Inspection:
     """
 
     tree: Tree
+    data: DataFiles
     plan: Plan | None
     preset: Preset | None
     candidates: tuple[Preset, ...]
@@ -82,8 +89,8 @@ class Inspection:
 
     @property
     def loads(self) -> bool:
-        """Whether it would load, perhaps with a configuration."""
-        return self.error is None
+        """Whether it would load, perhaps with a configuration, as far as was looked."""
+        return self.error is None and not self.data.missing
 
     @property
     def needs_config(self) -> bool:
@@ -128,6 +135,7 @@ class Inspection:
             "loads": self.loads,
             "needs_config": self.needs_config,
             "error": self.error and {"type": type(self.error).__name__, "message": str(self.error)},
+            "data_files": dataclasses.asdict(self.data),
             "values_ok": self.values_ok,
             "model": {
                 "family": plan and plan.family.name,
@@ -181,7 +189,7 @@ class Inspection:
 def inspect_checkpoint(
     path: str | os.PathLike[str], *, step: int | None = None, model_name: str | None = None
 ) -> Inspection:
-    """Reads a checkpoint's metadata and tries to plan a load.
+    """Reads a checkpoint's metadata, looks for its data files, and tries to plan a load.
 
     Args:
         path: local path or gs:// URL of an items directory, a step or a run's checkpoint directory.
@@ -193,14 +201,21 @@ def inspect_checkpoint(
             the model itself is in `Inspection.error` instead.
     """
     location = locate(path, step)
-    tree = read_tree(location, tensorstore_context())
+    context = tensorstore_context()
+    tree = read_tree(location, context)
     plan, preset, candidates, error = None, None, (), None
     try:
         plan = make_plan(tree, identify(tree.leaves, str(location.items)))
         preset, candidates = _preset(plan, model_name)
     except MaxTextLoadError as raised:
         error = raised
-    return Inspection(tree, plan, preset, candidates, model_name, error, _steps(location))
+    try:
+        data = check_data_files(
+            tree.base, tree.arrays, ocdbt=tree.ocdbt, complete=tree.complete, context=context
+        )
+    except CorruptMetadataError as raised:
+        data, error = DataFiles(False, str(raised)), error or raised
+    return Inspection(tree, data, plan, preset, candidates, model_name, error, _steps(location))
 
 
 def read_values(

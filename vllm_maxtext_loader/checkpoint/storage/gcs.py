@@ -76,29 +76,19 @@ def list_names(url: str, most: int | None = None) -> list[str]:
         CheckpointNotFoundError: there is no such bucket.
         StorageError: it cannot be listed.
     """
-    bucket, path = split(url)
+    _, path = split(url)
     prefix = f"{path}/" if path else ""
     names: set[str] = set()
     page: str | None = None
     while True:
-        try:
-            body = _get(
-                "list",
-                url,
-                "b/{}/o",
-                bucket,
-                prefix=prefix or None,
-                delimiter="/",
-                fields="items(name),prefixes,nextPageToken",
-                maxResults=most,
-                pageToken=page,
-            )
-        except FileNotFoundError as error:
-            raise CheckpointNotFoundError(
-                f"{url}: there is no bucket {bucket}, or this account may not know of it. Check the bucket's "
-                "name."
-            ) from error
-        listing = _parse_listing(url, body)
+        listing = _list_page(
+            url,
+            prefix=prefix or None,
+            delimiter="/",
+            fields="items(name),prefixes,nextPageToken",
+            maxResults=most,
+            pageToken=page,
+        )
         names.update(item["name"] for item in listing.get("items", ()))
         names.update(listing.get("prefixes", ()))
         page = listing.get("nextPageToken")
@@ -106,6 +96,48 @@ def list_names(url: str, most: int | None = None) -> list[str]:
             break
     # An object named like the "directory" itself is how some tools mark an empty one.
     return sorted({name.removeprefix(prefix).strip("/") for name in names} - {""})[:most]
+
+
+def list_sizes(url: str, most: int) -> dict[str, int] | None:
+    """Bytes of every object below a "directory", by path relative to it; one request per 1000 of them.
+
+    Args:
+        url: the directory.
+        most: objects after which to stop.
+
+    Returns:
+        None where there are more objects than `most`.
+
+    Raises:
+        CheckpointNotFoundError: there is no such bucket.
+        StorageError: it cannot be listed.
+    """
+    _, path = split(url)
+    prefix = f"{path}/" if path else ""
+    sizes: dict[str, int] = {}
+    page: str | None = None
+    while len(sizes) <= most:
+        listing = _list_page(
+            url, prefix=prefix or None, fields="items(name,size),nextPageToken", pageToken=page
+        )
+        for item in listing.get("items", ()):
+            sizes[item["name"].removeprefix(prefix)] = int(item["size"])
+        page = listing.get("nextPageToken")
+        if not page:
+            return sizes if len(sizes) <= most else None
+    return None
+
+
+def _list_page(url: str, **params: Any) -> dict[str, Any]:
+    """One page of a listing: one request."""
+    bucket, _ = split(url)
+    try:
+        body = _get("list", url, "b/{}/o", bucket, **params)
+    except FileNotFoundError as error:
+        raise CheckpointNotFoundError(
+            f"{url}: there is no bucket {bucket}, or this account may not know of it. Check the bucket's name."
+        ) from error
+    return _parse_listing(url, body)
 
 
 def _parse_listing(url: str, body: bytes) -> dict[str, Any]:

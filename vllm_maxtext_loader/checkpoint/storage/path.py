@@ -109,6 +109,39 @@ class Location:
         except OSError as error:
             raise to_storage_error(f"cannot list {self}", error) from error
 
+    def sizes(self, most: int) -> dict[str, int] | None:
+        """Bytes of every file below this directory, by path relative to it. In a bucket: one request per 1000 files.
+
+        Args:
+            most: files after which to stop.
+
+        Returns:
+            None where there are more files than `most`.
+
+        Raises:
+            CheckpointNotFoundError, StorageError: it cannot be listed.
+        """
+        if self.is_remote:
+            return gcs.list_sizes(self.url, most)
+        found: dict[str, int] = {}
+        pending = [""]
+        try:
+            while pending:
+                base = pending.pop()
+                with os.scandir(os.path.join(self.url, base)) as entries:
+                    for entry in entries:
+                        name = f"{base}/{entry.name}" if base else entry.name
+                        if entry.is_dir():
+                            pending.append(name)
+                        # A link that leads nowhere is a file that is not there.
+                        elif entry.is_file():
+                            found[name] = entry.stat().st_size
+                        if len(found) + len(pending) > most:
+                            return None
+        except OSError as error:
+            raise to_storage_error(f"cannot list {self}", error) from error
+        return found
+
     def is_file(self) -> bool:
         """Whether a file (object) is here. In a bucket: one request.
 
