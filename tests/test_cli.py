@@ -327,7 +327,9 @@ def test_inspect_values_reads_the_data_files(edited: Callable[..., Path]) -> Non
     for file in (items / "params.params.decoder.decoder_norm.scale").iterdir():
         if file.name[0].isdigit():
             file.unlink()
-    assert _run("inspect", items).exit_code == 0
+    result = _run("inspect", items)
+    assert result.exit_code == 1
+    assert "decoder_norm.scale" in result.stdout
     result = _run("inspect", items, "--values")
     assert result.exit_code == 2
     assert result.stdout == ""

@@ -222,6 +222,18 @@ def test_no_token(proxy: gcs.Proxy, tmp_path: Path, fault: dict[str, object], sa
     assert proxy.counts().keys() == {"other"}, "nothing is asked without the token"
 
 
+def test_project_that_is_billed(proxy: gcs.Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both clients name it, in listings, look-ups and reads."""
+    gcs.shared()[0].upload(FIXTURES / "dense_v2/checkpoints", gcs.BUCKET, "pays/")
+    url = f"gs://{gcs.BUCKET}/pays"
+    for project in ("my-project", ""):
+        monkeypatch.setenv("GOOGLE_CLOUD_QUOTA_PROJECT", project)
+        assert len(regions(open_checkpoint(url))) > 20
+        assert {"list", "stat", "read"} <= proxy.counts().keys()
+        assert {request.user_project for request in proxy.requests} == {project}
+        proxy.clear()
+
+
 LIST_IN_A_FORKED_PROCESS = """
 import os, sys
 from vllm_maxtext_loader.checkpoint.storage.path import Location

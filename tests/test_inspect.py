@@ -104,9 +104,10 @@ def test_no_array_data_is_read(edited: Edited) -> None:
     items = edited("moe_v2", lambda params: None, ocdbt=False, zarr3=False)
     for file in items.rglob("*"):
         if file.is_file() and file.name not in ("_METADATA", "_sharding", ".zarray", "commit_success.txt"):
-            file.unlink()
+            file.write_bytes(b"no chunk")
     found = inspect_checkpoint(items)
     assert found.loads
+    assert found.data.checked
     assert found.to_json()["storage"]["zarr"] == 2
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ from support.checkpoints import cases
 from support.damage import regions
 from vllm_maxtext_loader import open_checkpoint
 from vllm_maxtext_loader.conversion.layout import describe
+from vllm_maxtext_loader.errors import CorruptMetadataError
 
 WRITER = Path(__file__).parent / "support" / "multiprocess_writer.py"
 PROCESSES = 2
@@ -72,3 +75,33 @@ def test_arrays_are_those_of_one_writer(written: Path) -> None:
     assert first.keys() == second.keys()
     assert all(first[name].equal(second[name]) for name in first)
     assert len(regions(several)) >= len(several.tree.leaves)
+
+
+def test_databases_that_were_never_merged(written: Path, tmp_path: Path) -> None:
+    """Each process' database names every array and holds a part of it."""
+    import orbax.checkpoint as ocp
+    from etils import epath
+
+    run = Path(shutil.copytree(written, tmp_path / "run"))
+    items = run / "0/items"
+    (items / "manifest.ocdbt").unlink()
+    shutil.rmtree(items / "d")
+    says = "next to ocdbt.process_0 to ocdbt.process_1 .2 in all., and none of them holds every chunk"
+    with pytest.raises(CorruptMetadataError, match=says):
+        open_checkpoint(run)
+    alone = Path(shutil.copytree(run, tmp_path / "alone"))
+    shutil.rmtree(alone / "0/items/ocdbt.process_1")
+    with pytest.raises(
+        CorruptMetadataError, match=r"next to ocdbt.process_0, and it does not hold every chunk"
+    ):
+        open_checkpoint(alone)
+    # Without chunks of zeros, only Orbax's record tells that there was a second process.
+    metadata = alone / "0/items/_METADATA"
+    without = json.loads(metadata.read_text()) | {"store_array_data_equal_to_fill_value": False}
+    metadata.write_text(json.dumps(without))
+    with pytest.raises(CorruptMetadataError, match="it does not hold every chunk"):
+        open_checkpoint(alone)
+    # The advice helps.
+    ocp.PyTreeCheckpointHandler(use_zarr3=True).finalize(epath.Path(items))
+    first, second = dict(open_checkpoint(written).hf_weights()), dict(open_checkpoint(run).hf_weights())
+    assert all(second[name].equal(tensor) for name, tensor in first.items())

@@ -29,6 +29,7 @@ class Request:
         sent: bytes of the whole answer's body.
         authorization: the Authorization header, "" where there is none.
         body: what the client sent.
+        user_project: the project that is billed, "" where none is named.
     """
 
     method: str
@@ -39,6 +40,7 @@ class Request:
     sent: int
     authorization: str = ""
     body: bytes = b""
+    user_project: str = ""
 
 
 @dataclasses.dataclass
@@ -194,8 +196,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             span = self.headers.get("Range") or ""
             authorization = self.headers.get("Authorization") or ""
             answered = 0 if broken else status
+            query = urllib.parse.parse_qs(self.path.partition("?")[2])
+            (project,) = query.get("userProject", [""])
             owner.requests.append(
-                Request(self.command, kind, name, span, answered, len(data), authorization, body or b"")
+                Request(
+                    self.command, kind, name, span, answered, len(data), authorization, body or b"", project
+                )
             )
         if fault.hang is not None:
             closing.wait(fault.hang)

@@ -1,7 +1,7 @@
 """Are the data files there? From listings and OCDBT's own index; no array data is read.
 
-An OCDBT database knows of each chunk the file, offset and length; without one, each chunk is a file. What the metadata
-says there must be is compared with one listing of the files and their sizes.
+An OCDBT database knows the file, offset and length of each chunk; without one, each chunk is a file. What
+must be there according to the metadata is compared with one listing of the files and their sizes.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def check_data_files(
 ) -> DataFiles:
     """Looks for the stored chunks of all arrays.
 
-    In a bucket this takes at most ten requests for the listing and one for each node of the database's B-tree; where
-    that would not do, nothing is looked for.
+    In a bucket this takes at most ten requests for the listing, and one for each node of the index.
+    Where that is not enough, nothing is looked for.
 
     Args:
         base: directory of the database, or of the arrays' directories.
@@ -132,7 +132,7 @@ def check_data_files(
 
 
 def _fault(extent: Extent | None, sizes: Mapping[str, int]) -> str | None:
-    """What is wrong with the file that holds a value; None where nothing is, or the value is in the index itself."""
+    """What is wrong with the file that holds a value; None where nothing is, or the index holds the value."""
     if extent is None:
         return None
     if extent.file not in sizes:
@@ -151,7 +151,7 @@ def absent_chunks(arrays: Mapping[str, ts.TensorStore], stored: Iterable[str]) -
 def chunk_grid(array: ts.TensorStore) -> tuple[int, ...]:
     """Number of stored chunks along each axis."""
     shape = array.chunk_layout.write_chunk.shape or array.shape
-    return tuple(math.ceil(size / max(1, step)) for size, step in zip(array.shape, shape, strict=True))
+    return tuple(math.ceil(size / (step or size or 1)) for size, step in zip(array.shape, shape, strict=True))
 
 
 def chunk_keys(name: str, array: ts.TensorStore) -> Iterator[str]:

@@ -1,8 +1,8 @@
 """What in a tree is not a plain weight: state of the trainer, LoRA adapters, quantized weights.
 
-All of it is recognized by the names (and dtypes) that MaxText, Tunix, flax, AQT and Qwix write, so that a refusal says
-what the checkpoint is. State is skipped; adapters and quantized weights are refused. Names of optimizer state never
-count as marks: an optimizer may be quantized where the weights are not.
+All of it is recognized by the names and dtypes that MaxText, Tunix, flax, AQT and Qwix write, so that a
+refusal says what the checkpoint is. State is skipped; adapters and quantized weights are refused. Optimizer
+state never counts: it may be quantized where the weights are not.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ OPTIMIZER = "optimizer state"
 STEP = "training step"
 
 _RANDOM_NAME = re.compile(r"rngs?|.*_rngs?|dropout")
-"""MaxText's converter skips "rngs", "to_nnx__rngs" and "*_rngs" (0.2.5, `extract_nnx_weights`), its restore also "rng";
-its trainer calls "rngs" and "dropout" state (`train_state_nnx._NNX_RNG_STATE_KEYS`)."""
+"""MaxText 0.2.5 skips "rngs" and "*_rngs" when it converts (`extract_nnx_weights`), "rng" when it restores;
+its trainer's state is "rngs" and "dropout" (`train_state_nnx._NNX_RNG_STATE_KEYS`)."""
 
 _OPTIMIZER_NAME = re.compile(r"(?:.+_)?opt(?:imizer)?_state|optimizer|mu|nu")
 _AUXILIARY = "nnx_aux"
@@ -41,8 +41,8 @@ _STATE_NAMES: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"cache|cached_.+|cache_(?:prefill|ar)_.+|KVCache_\d+"), "key and value cache"),
     (
         re.compile(
-            r"intermediates|moe_lb_loss|moe_bias_updates|activation_(?:mean|stdev|fraction_zero)|hidden_states"
-            r"|out_projection_activations|max_logits"
+            r"intermediates|moe_lb_loss|moe_bias_updates|hidden_states|max_logits"
+            r"|activation_(?:mean|stdev|fraction_zero)|out_projection_activations"
         ),
         "intermediate values",
     ),
@@ -116,7 +116,7 @@ def refuse_foreign(keys: Sequence[Key], prefix: Key | None, items: Location) -> 
     adapters = [key for key in candidates if _is_adapter(key)]
     quantized = [key for key in candidates if "qvalue" in key]
     if prefix is not None:
-        # AQT keeps its values in a collection next to the weights; where no kernel is gone, nothing is lacking.
+        # AQT's values are in a collection next to the weights; where no kernel is gone, nothing is missing.
         kernels = {plain(key)[:-1] for key in candidates if _is_kernel(key, prefix)}
         quantized = [
             key for key in quantized if key[: len(prefix)] == prefix or _lacks_kernel(key, prefix, kernels)
@@ -125,16 +125,17 @@ def refuse_foreign(keys: Sequence[Key], prefix: Key | None, items: Location) -> 
         also = f" (with {len(adapters)} LoRA leaves)" if adapters else ""
         quantizer = "AQT" if _module_of_aqt(quantized[0]) is not None else "Qwix"
         raise UnsupportedDtypeError(
-            f"{items}: is quantized by {quantizer}: {len(quantized)} weights{also} are stored as quantized values and "
-            f"scales, such as {'.'.join(quantized[0])}. {_LOAD_UNQUANTIZED}"
+            f"{items}: is quantized by {quantizer}: {len(quantized)} weights{also} are stored as quantized "
+            f"values and scales, such as {'.'.join(quantized[0])}. {_LOAD_UNQUANTIZED}"
         )
     if adapters and prefix is None:
         raise UnknownModelError(_adapters_only(adapters, len(candidates) - len(adapters), items))
 
 
 _LOAD_UNQUANTIZED = (
-    "Quantized checkpoints are not supported: load the unquantized checkpoint that it was made from, or save one "
-    "(MaxText's `quantization` and `use_qwix_quantization` unset; not what `save_quantized_params_path` names)."
+    "Quantized checkpoints are not supported: load the unquantized checkpoint that it was made from, or "
+    "save one (MaxText's `quantization` and `use_qwix_quantization` unset; not what "
+    "`save_quantized_params_path` names)."
 )
 
 
@@ -169,14 +170,14 @@ def _adapters_only(adapters: Sequence[Key], others: int, items: Location) -> str
         if isinstance(value, int | float)
     )
     names = " and ".join(dict.fromkeys(plain(key)[-1] for key in adapters[:8]))
-    rest = f"; its {others} other leaves are no whole model either" if others else ""
+    alone = "only" if not others else f"and {others} other leaves"
     return (
-        f"{items}: holds LoRA adapters only ({len(adapters)} leaves such as {'.'.join(adapters[0])}; {names}; "
-        f"{facts or 'rank and alpha are not recorded'}), no base weights{rest}. Merge them into their base with MaxText: "
-        "`python -m maxtext.checkpoint_conversion.to_huggingface src/maxtext/configs/base.yml model_name=… "
-        f"load_parameters_path=BASE lora.lora_restore_path={items} lora.lora_rank={_value(rank)} "
-        f"lora.lora_alpha={_value(alpha)} base_output_directory=OUT` writes a Hugging Face directory; serve that, without "
-        "this load format."
+        f"{items}: holds LoRA adapters {alone} ({len(adapters)} leaves such as {'.'.join(adapters[0])}; "
+        f"{names}; {facts or 'rank and alpha are not recorded'}), no base weights. Merge them into "
+        "their base with MaxText: `python -m maxtext.checkpoint_conversion.to_huggingface "
+        f"src/maxtext/configs/base.yml model_name=… load_parameters_path=BASE lora.lora_restore_path={items} "
+        f"lora.lora_rank={_value(rank)} lora.lora_alpha={_value(alpha)} base_output_directory=OUT` writes a "
+        "Hugging Face directory; serve that, without this load format."
     )
 
 
@@ -209,10 +210,11 @@ def refuse_adapters(leaves: Iterable[Leaf], where: str) -> None:
         return
     listed = "; ".join(f"{leaf.key} {list(leaf.shape)}" for leaf in adapters[:4])
     raise UnknownLeafError(
-        f"{where}: holds {len(adapters)} LoRA leaves next to the base weights: {listed}"
-        f"{'; …' if len(adapters) > 4 else ''}. They are not merged, and the base alone is not the trained model. Merge "
-        "them with MaxText first: `python -m maxtext.checkpoint_conversion.to_huggingface` with load_parameters_path and "
-        "lora.lora_restore_path writes a Hugging Face directory; serve that, without this load format."
+        f"{where}: holds {len(adapters)} LoRA leaves next to the base weights: "
+        f"{listed}{'; …' if len(adapters) > 4 else ''}. They are not merged, and the base alone is not the "
+        "trained model. Merge them with MaxText first: `python -m "
+        "maxtext.checkpoint_conversion.to_huggingface` with load_parameters_path and lora.lora_restore_path "
+        "writes a Hugging Face directory; serve that, without this load format."
     )
 
 
@@ -236,8 +238,8 @@ def dtype_error(
         return UnsupportedDtypeError(f"{found} The weights are quantized. {_LOAD_UNQUANTIZED}")
     if dtype.startswith(("int", "uint", "bool")):
         return UnsupportedDtypeError(
-            f"{found} No weight is stored as {dtype}, and the use of this leaf is not known: by its name it is neither "
-            "random number state nor other state that is skipped. Save the checkpoint without it, or, if it is a weight, "
-            "as floating point numbers."
+            f"{found} No weight is stored as {dtype}, and the use of this leaf is not known: by its name it "
+            "is neither random number state nor other state that is skipped. Save the checkpoint without "
+            "it, or, if it is a weight, as floating point numbers."
         )
     return UnsupportedDtypeError(f"{found} Save the weights with MaxText's weight_dtype=bfloat16 or float32.")

@@ -1,6 +1,7 @@
 """Recognizes what lies in place of a file: a pointer of Git LFS, an error page, nothing.
 
-Downloads and clones leave these, and every parser calls them damaged. Nothing here is looked at before a parser fails.
+Downloads and clones leave these, and every parser calls them damaged. Nothing is looked at before a parser
+has failed.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"')
 
 
 def describe_substitute(content: bytes, *, is_json: bool = False) -> str | None:
-    """What a file is instead, and what to do ("is a Git LFS pointer, …"); None where it is nothing that is known.
+    """What a file is instead, and what to do ("is a Git LFS pointer, …"); None where nothing known is found.
 
     Args:
         content: the file's content, or its beginning.
@@ -29,8 +30,8 @@ def describe_substitute(content: bytes, *, is_json: bool = False) -> str | None:
     start = content[:1024].lstrip().lower()
     if content.startswith(_GIT_LFS):
         return (
-            "is a Git LFS pointer, not the file: run `git lfs pull` in the clone, or download the checkpoint with a "
-            "client that follows the pointers."
+            "is a Git LFS pointer, not the file: run `git lfs pull` in the clone, or download the "
+            "checkpoint with a client that follows the pointers."
         )
     if start.startswith((b"<!doctype html", b"<html")):
         return "is an HTML page, such as a web server or proxy sends with an error: download the file again."
@@ -41,12 +42,15 @@ def describe_substitute(content: bytes, *, is_json: bool = False) -> str | None:
     if not content.strip(b"\0"):
         return "holds only zero bytes: the copy or download did not finish. Copy it again."
     if is_json and start.startswith(b"{") and not content.rstrip().endswith(b"}"):
-        return f"ends in the middle, after {len(content):,} bytes: the copy or download did not finish. Copy it again."
+        return (
+            f"is damaged: it ends in the middle, after {len(content):,} bytes; the copy or download did not "
+            "finish. Copy the checkpoint again."
+        )
     return None
 
 
 def find_substitute(directory: Location, message: str) -> str | None:
-    """The file that TensorStore could not read and what it is instead; None where nothing of the kind is found.
+    """The file that TensorStore could not read, and what it is instead; None where nothing known is found.
 
     Costs a few small reads and a listing, all after a failure.
 

@@ -1,8 +1,8 @@
 """Databases of a writer's processes that were never merged into one.
 
-Each process of a save writes its own OCDBT database (`ocdbt.process_N`); when all have finished, Orbax merges them under
-`manifest.ocdbt`. A save by a handler alone leaves that to its caller, a writer that died did not get there, and copies lose
-the file. Where one process wrote everything, its database is the checkpoint.
+Each process of a save writes its own OCDBT database (`ocdbt.process_N`); when all have finished, Orbax merges
+them under `manifest.ocdbt`. A save by a handler alone leaves that to its caller, a writer may die before it,
+and copies lose the file. Where one process wrote everything, its database is the checkpoint.
 """
 
 from __future__ import annotations
@@ -64,20 +64,20 @@ def open_unmerged(
             arrays = open_arrays(items / part, names, dataclasses.replace(stored, ocdbt=True), context)
         except CorruptMetadataError:
             continue
-        # All processes write the metadata of an array, and each its own chunks. Where chunks of zeros were left out,
-        # only the number of writers tells that one has written all.
+        # All processes write the metadata of an array, and each its own chunks. Where chunks of zeros were
+        # left out, only the number of writers tells that one has written all.
         if next(absent_chunks(arrays, keys), None) is None or (
             not stored.complete and _writers(items, parts) == 1
         ):
             whole.append((items / part, arrays))
     if len(whole) == 1:
         logger.warning(
-            "%s: %s does not exist; reading %s, which holds every chunk of every array. Finish the save to be rid of "
-            "this warning: %s.",
+            "%s: %s does not exist; reading %s, which holds every chunk of every array. Finish the save to "
+            "be rid of this warning: %s.",
             items,
             OCDBT_MANIFEST,
             whole[0][0].name,
-            _FINALIZE,
+            _finalize(stored),
         )
         return whole[0]
     found = parts[0] if len(parts) == 1 else f"{parts[0]} to {parts[-1]} ({len(parts)} in all)"
@@ -89,17 +89,21 @@ def open_unmerged(
         else "more than one holds"
     )
     raise CorruptMetadataError(
-        f"{items}: {OCDBT_MANIFEST} does not exist next to {found}, and {each} every chunk: the writer ended before it "
-        "merged what its processes wrote, or files were lost in a copy. If all processes' directories are here, finish "
-        f"the save with Orbax ({_FINALIZE}); else copy it again, or choose another step."
+        f"{items}: {OCDBT_MANIFEST} does not exist next to {found}, and {each} every chunk: the writer ended "
+        "before it merged what its processes wrote, or files were lost in a copy. If all processes' "
+        f"directories are here, finish the save with Orbax ({_finalize(stored)}); else copy it again, or "
+        "choose another step."
     )
 
 
-_FINALIZE = "`orbax.checkpoint.PyTreeCheckpointHandler().finalize(etils.epath.Path(ITEMS))`"
+def _finalize(stored: Format) -> str:
+    # The handler looks for the metadata files of its own zarr version, and fails without them.
+    version = "use_zarr3=True" if stored.zarr3 else ""
+    return f"`orbax.checkpoint.PyTreeCheckpointHandler({version}).finalize(etils.epath.Path(ITEMS))`"
 
 
 def _writers(items: Location, parts: Sequence[str]) -> int:
-    """Number of processes that wrote, as Orbax's own record of the arrays tells it; at least the number of databases."""
+    """Number of processes that wrote, by Orbax's record of the arrays; at least the number of databases."""
     try:
         return max(len(parts), len((items / "array_metadatas").listdir()))
     except (OSError, MaxTextLoadError):

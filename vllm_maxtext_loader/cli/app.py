@@ -110,10 +110,10 @@ def inspect(
 ) -> None:
     """Show what is in a checkpoint and whether it would load.
 
-    Without --values only metadata is read, and names and sizes of the data files: a second or two, whatever the
-    size of the model. "Loads" then means that every chunk is there, not that it holds numbers; where that many
-    files are not listed (more than 10,000 in a bucket), the output says so. With --values a missing or damaged chunk
-    is an error, and a NaN, an infinity or a leaf of zeros is exit code 1.
+    Without --values only metadata is read, and the names and sizes of the data files: a second or two,
+    whatever the size of the model. "Loads" then means that every chunk is there, not that it holds numbers.
+    Where there are too many files to list (more than 10,000 in a bucket), the output says so. With --values a missing or
+    damaged chunk is an error, and a NaN, an infinity or a leaf of zeros is exit code 1.
 
     [bold]Examples[/bold]
       vllm-maxtext inspect gs://bucket/run/checkpoints

@@ -1,5 +1,6 @@
-"""What is in a checkpoint, and would it load? From metadata and names of files, unless `read_values` is called; without
-torch.
+"""What is in a checkpoint, and would it load? From metadata and the names and sizes of files; without torch.
+
+Array data is read by `read_values` only.
 """
 
 from __future__ import annotations
@@ -55,8 +56,7 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-    """All that metadata tells, what a look at the data files' names and sizes found, and statistics of the values
-    where they were read.
+    """All that metadata and the data files' names and sizes tell, and statistics of values that were read.
 
     Attributes:
         tree: leaves and storage.

@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from vllm_maxtext_loader.checkpoint.storage.retry import (
+    USER_PROJECT_VARIABLE,
     Backoff,
     Failure,
     RequestError,
@@ -135,7 +136,8 @@ def _list_page(url: str, **params: Any) -> dict[str, Any]:
         body = _get("list", url, "b/{}/o", bucket, **params)
     except FileNotFoundError as error:
         raise CheckpointNotFoundError(
-            f"{url}: there is no bucket {bucket}, or this account may not know of it. Check the bucket's name."
+            f"{url}: there is no bucket {bucket}, or this account may not know of it. Check the bucket's "
+            "name."
         ) from error
     return _parse_listing(url, body)
 
@@ -173,6 +175,11 @@ def read_object(url: str) -> bytes:
     return _get("read", url, "b/{}/o/{}", *split(url), alt="media")
 
 
+def user_project() -> str | None:
+    """The project that is billed where the reader of a bucket pays; None where none is named."""
+    return os.environ.get(USER_PROJECT_VARIABLE) or None
+
+
 def _get(what: str, url: str, path: str, *args: str, **params: Any) -> bytes:
     """The answer's body to a request about `url`, repeated within the limit where its failure may pass.
 
@@ -183,6 +190,7 @@ def _get(what: str, url: str, path: str, *args: str, **params: Any) -> bytes:
         args: parts of the path, quoted by gcsfs.
         params: query; None means left out.
     """
+    params["userProject"] = user_project()
     limit = no_progress_seconds()
     backoff = Backoff.within(limit * (1 - 1 / _ATTEMPTS_IN_LIMIT))
     timeout = max(0.1, round(limit / _ATTEMPTS_IN_LIMIT, 1))

@@ -110,7 +110,7 @@ class Location:
             raise to_storage_error(f"cannot list {self}", error) from error
 
     def sizes(self, most: int) -> dict[str, int] | None:
-        """Bytes of every file below this directory, by path relative to it. In a bucket: one request per 1000 files.
+        """Bytes of every file below this directory, by relative path. In a bucket: a request per 1000 files.
 
         Args:
             most: files after which to stop.
@@ -245,6 +245,7 @@ def tensorstore_context() -> ts.Context:
                 "initial_delay": f"{backoff.initial:.3f}s",
                 "max_delay": f"{backoff.longest:.3f}s",
             },
+            **({"gcs_user_project": {"project_id": project}} if (project := gcs.user_project()) else {}),
         }
     )
 

@@ -21,6 +21,9 @@ NO_PROGRESS_SECONDS = 60.0
 
 TIMEOUT_VARIABLE = "VLLM_MAXTEXT_TIMEOUT"
 
+USER_PROJECT_VARIABLE = "GOOGLE_CLOUD_QUOTA_PROJECT"
+"""The project that is billed for requests to a requester-pays bucket; google-auth's name for it."""
+
 
 def no_progress_seconds() -> float:
     """Seconds without any progress after which a read is given up.
@@ -73,12 +76,13 @@ class Failure(enum.Enum):
     )
     FILE_ACCESS = "Make the files, and every directory above them, readable for the user this runs as."
     PERIMETER = (
-        "The bucket lies in a VPC Service Controls perimeter: run inside the perimeter, or ask its administrator. "
-        "Permissions on the bucket do not help."
+        "The bucket lies in a VPC Service Controls perimeter: run inside the perimeter, or ask its "
+        "administrator. Permissions on the bucket do not help."
     )
     REQUESTER_PAYS = (
-        "Requester-pays buckets are not supported: copy the checkpoint into a bucket whose owner pays "
-        "(`gcloud storage cp --recursive --billing-project PROJECT`)."
+        f"The reader of this bucket pays: name a project that is billed ({USER_PROJECT_VARIABLE}=PROJECT; "
+        "the account needs serviceusage.services.use on it), or copy the checkpoint into a bucket whose "
+        "owner pays (`gcloud storage cp --recursive --billing-project PROJECT`)."
     )
     BILLING = "The bucket's owner must enable the billing account of the bucket's project."
     KEY = (
@@ -115,9 +119,12 @@ _REASONS = {
     "vpcServiceControls": Failure.PERIMETER,
     "accountDisabled": Failure.BILLING,
     "userProjectAccountProblem": Failure.BILLING,
-    "userProjectMissing": Failure.REQUESTER_PAYS,
+    **dict.fromkeys(
+        ("userProjectMissing", "userProjectInvalid", "userProjectInconsistent"), Failure.REQUESTER_PAYS
+    ),
     # "A required parameter is missing": of a GET, that can only be userProject.
     "required": Failure.REQUESTER_PAYS,
+    **dict.fromkeys(("rateLimitExceeded", "userRateLimitExceeded"), Failure.OVERLOADED),
 }
 """`errors[0].reason` in Cloud Storage's answers, where that says more than the HTTP status."""
 
