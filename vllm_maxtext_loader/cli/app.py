@@ -112,8 +112,8 @@ def inspect(
 
     Without --values only metadata is read, and the names and sizes of the data files: a second or two,
     whatever the size of the model. "Loads" then means that every chunk is there, not that it holds numbers.
-    Where there are too many files to list (more than 10,000 in a bucket), the output says so. With --values a missing or
-    damaged chunk is an error, and a NaN, an infinity or a leaf of zeros is exit code 1.
+    Where there are too many files to list (more than 10,000 in a bucket), the output says so. With --values a
+    missing or damaged chunk is an error, and a NaN, an infinity or a leaf of zeros is exit code 1.
 
     [bold]Examples[/bold]
       vllm-maxtext inspect gs://bucket/run/checkpoints
