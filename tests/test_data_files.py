@@ -247,14 +247,21 @@ SUBSTITUTES: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("what", SUBSTITUTES)
-@pytest.mark.parametrize("name", ["_CHECKPOINT_METADATA", "items/_METADATA", "items/manifest.ocdbt"])
-def test_what_lies_in_place_of_metadata(tmp_path: Path, name: str, what: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "between"),
+    [
+        ("_CHECKPOINT_METADATA", ": is not valid JSON: it"),
+        ("items/_METADATA", ":"),
+        ("items/manifest.ocdbt", ""),
+    ],
+)
+def test_what_lies_in_place_of_metadata(tmp_path: Path, name: str, between: str, what: str) -> None:
     run = Path(shutil.copytree(FIXTURES / "moe_024/checkpoints", tmp_path / "run"))
     content, says = SUBSTITUTES[what]
     (run / "0" / name).write_bytes(content)
     with pytest.raises(MaxTextLoadError) as caught:
         open_checkpoint(run)
-    assert f"{run}/0/{name}{'' if name.endswith('manifest.ocdbt') else ':'} {says}" in str(caught.value)
+    assert f"{run}/0/{name}{between} {says}" in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["_CHECKPOINT_METADATA", "items/_METADATA"])

@@ -309,7 +309,7 @@ def _parse(location: Location, raw: bytes) -> dict[str, object]:
         parsed = json.loads(raw)
     except (ValueError, RecursionError) as error:
         if found := describe_substitute(raw, is_json=True):
-            raise CorruptMetadataError(f"{location}: {found}") from error
+            raise CorruptMetadataError(f"{location}: is not valid JSON: it {found}") from error
         raise CorruptMetadataError(
             f"{location}: is not valid JSON ({error}). Copy the checkpoint again, or choose another step."
         ) from error
