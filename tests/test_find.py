@@ -61,15 +61,6 @@ def test_newest_step_is_a_matter_of_numbers(place: Place) -> None:
     assert locate(run, 9).step == 9
 
 
-def test_step_names_of_orbax(place: Place) -> None:
-    place.step("checkpoint_20")
-    place.step("checkpoint_5")
-    place.step("20")
-    assert locate(place.url("run")).items.url.endswith("/run/20/items")
-    assert locate(place.url("run"), 5).items.url.endswith("/checkpoint_5/items")
-    assert locate(place.url("run", "checkpoint_5")).step == 5
-
-
 def test_step_that_is_not_there(place: Place) -> None:
     place.step("3")
     place.step("12")

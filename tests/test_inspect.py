@@ -207,7 +207,6 @@ def test_eighty_columns_at_full_size() -> None:
 
 def test_small_words() -> None:
     assert ranges([4, 0, 1, 2, 6]) == "0-2,4,6"
-    assert ranges([3, 4], together=False) == "3, 4"
     assert (size(8), size(3 << 20), size(5 << 30)) == ("8 B", "3.00 MiB", "5.00 GiB")
 
 

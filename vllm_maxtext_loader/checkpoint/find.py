@@ -1,50 +1,50 @@
 """From what a user typed to the one directory that holds the weights.
 
-MaxText writes `<run>/checkpoints/<step>/<item>/…`; a user may name the run, its checkpoint directory,
-a step or the item itself. The item is `items` (MaxText) or `model_params` (Tunix), and is known by
-its `_METADATA` file.
-
-When a checkpoint counts as committed (orbax-checkpoint 0.12.8 `_src/path/atomicity.py`): in a bucket, it
-holds `commit_success.txt`; on a disk, it has been renamed from its `….orbax-checkpoint-tmp…` name. Just
-before, on both, its `_CHECKPOINT_METADATA` has received the commit time; a copy of a step that has none is
-refused, wherever it lies. The mark belongs to the directory Orbax was told to save to: the step, or, where a
-writer saved a single tree (MaxText's parameter-only checkpoints), the item.
+MaxText writes `<run>/checkpoints/<step>/<item>/…`; a user may name the run, its checkpoint directory, a step or the
+item itself. `run` says which directory is the step, `items` which item holds the model, `commit` whether it was
+finished, `around` what is near a path that is not a checkpoint.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
+from vllm_maxtext_loader.checkpoint.around import describe_below, siblings, surrounding_item
+from vllm_maxtext_loader.checkpoint.commit import (
+    check_committed,
+    refuse_old_layout,
+    refuse_temporary,
+    refuse_without_tree,
+)
+from vllm_maxtext_loader.checkpoint.items import Item, choose_item, find_items
+from vllm_maxtext_loader.checkpoint.names import (
+    COMMIT_FILE,
+    ITEM_NAMES,
+    RUN_CHECKPOINTS,
+    STEP_METADATA,
+    STEP_NAME,
+    TMP_MARK,
+    TREE_METADATA,
+    holds_arrays,
+    is_marked,
+    some,
+)
+from vllm_maxtext_loader.checkpoint.run import Run
 from vllm_maxtext_loader.checkpoint.storage.path import Location
-from vllm_maxtext_loader.checkpoint.substitutes import describe_substitute
+from vllm_maxtext_loader.checkpoint.storage.spelling import spelling_hint
 from vllm_maxtext_loader.errors import (
     CheckpointNotFoundError,
-    CorruptMetadataError,
-    MaxTextLoadError,
     NotACheckpointError,
     StepNotFoundError,
     UncommittedCheckpointError,
 )
 
+__all__ = ["COMMIT_FILE", "STEP_METADATA", "TMP_MARK", "TREE_METADATA", "ItemLocation", "locate"]
+
 logger = logging.getLogger("vllm." + __name__)
-
-TREE_METADATA = "_METADATA"
-STEP_METADATA = "_CHECKPOINT_METADATA"
-RUN_CHECKPOINTS = "checkpoints"
-"""Where MaxText keeps the steps of a run, below the run's directory."""
-
-COMMIT_FILE = "commit_success.txt"
-TMP_MARK = ".orbax-checkpoint-tmp"
-ITEM_NAMES = ("items", "model_params", "default", "state", "params", "pytree")
-"""Item directories in order of preference: MaxText's, Tunix's, then Orbax's own defaults."""
-
-STEP_NAME = re.compile(r"(?:.+_)?([0-9]{1,18})")
-"""Orbax's step directories: "30", "000030", "checkpoint_30"."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,12 +56,14 @@ class ItemLocation:
         items: the directory that holds `_METADATA`.
         step: training step, None where the directory names do not tell.
         scan_layers: MaxText's own record of whether layers are scanned (0.2.4 and later), else None.
+        step_directory: the directory whose name tells the step, None where there is none.
     """
 
     requested: Location
     items: Location
     step: int | None
     scan_layers: bool | None = None
+    step_directory: Location | None = None
 
 
 def locate(path: str | os.PathLike[str], step: int | None = None) -> ItemLocation:
@@ -76,15 +78,19 @@ def locate(path: str | os.PathLike[str], step: int | None = None) -> ItemLocatio
 
     Raises:
         CheckpointNotFoundError, NotACheckpointError, UncommittedCheckpointError, StepNotFoundError,
-        CorruptMetadataError, StorageError: each with what was found instead.
+        UnknownModelError, CorruptMetadataError, StorageError: each with what was found instead.
     """
     requested = Location.parse(path)
-    _refuse_temporary(requested)
-    names = _list(requested)
-    items = _item_of(requested, names)
-    if items is None and STEP_METADATA not in names and COMMIT_FILE not in names:
-        return _from_run(*_checkpoints_of(requested, names), step)
-    located = _committed(requested, requested, names, items)
+    search = _Search(requested, step)
+    try:
+        located = search.find()
+    except CheckpointNotFoundError as error:
+        raise CheckpointNotFoundError(f"{error}{spelling_hint(os.fsdecode(path), requested.url)}") from error
+    finally:
+        for level, note in search.notes:
+            logger.log(level, "%s", note)
+    if located is None:
+        raise search.nothing_found()
     if step is not None and step != located.step:
         found = "names no step" if located.step is None else f"names step {located.step}"
         raise StepNotFoundError(
@@ -94,8 +100,90 @@ def locate(path: str | os.PathLike[str], step: int | None = None) -> ItemLocatio
     return located
 
 
+class _Search:
+    """The search for the item that a path means.
+
+    Args:
+        requested: what the user named.
+        step: the step that is wanted; None means the newest committed one.
+
+    Attributes:
+        notes: what a user should know of it, with a level of `logging`.
+    """
+
+    def __init__(self, requested: Location, step: int | None = None) -> None:
+        self.notes: list[tuple[int, str]] = []
+        self._requested = requested
+        self._step = step
+        self._runs: list[tuple[Run, Sequence[str]]] = []
+
+    def find(self) -> ItemLocation | None:
+        """The item; None where the path is a directory without a checkpoint.
+
+        Raises:
+            MaxTextLoadError: there is one that cannot be loaded, or no such directory.
+        """
+        refuse_temporary(self._requested)
+        return self._find(self._requested)
+
+    def _find(self, directory: Location) -> ItemLocation | None:
+        names = _list(directory)
+        if TREE_METADATA in names or is_marked(names):
+            return _committed(self._requested, directory, names)
+        run = Run(directory, names, self._in_step)
+        self._runs.append((run, names))
+        if holds_arrays(names):
+            if surrounding_item(directory) is None:
+                refuse_without_tree(directory, names)
+            return None
+        # Where there are numbers, a "params" next to them is an export.
+        located = run.numbered(self._step)
+        if located is None and (found := find_items(directory, names)):
+            return _committed(self._requested, directory, names, found)
+        if located is None and RUN_CHECKPOINTS in names and directory == self._requested:
+            checkpoints = directory / RUN_CHECKPOINTS
+            self.notes.append(
+                (logging.INFO, f"{directory} is a run's directory: using its checkpoints in {checkpoints}.")
+            )
+            located = self._find(checkpoints)
+        located = located or run.prefixed(self._step)
+        self.notes += run.notes
+        return located
+
+    def _in_step(self, directory: Location) -> ItemLocation:
+        """The committed item of one step of a run."""
+        return _committed(self._requested, directory, _list(directory))
+
+    def nothing_found(self) -> NotACheckpointError | UncommittedCheckpointError:
+        """The error for a directory in which `find` found no checkpoint."""
+        if (outer := surrounding_item(self._requested)) is not None:
+            return NotACheckpointError(
+                f"{self._requested}: is a part of a checkpoint. Give the path of all of it: {outer}"
+            )
+        run, names = self._runs[-1]
+        directory = run.directory
+        try:
+            refuse_old_layout(directory, names)
+        except NotACheckpointError as error:
+            return error
+        if not run.refused and any(TMP_MARK in name for name in names):
+            return UncommittedCheckpointError(
+                f"{directory}: holds only temporary directories ({some(names)}): no step was ever committed. The "
+                "writer is still at work or died: wait for it."
+            )
+        reasons = " ".join(str(error) for error in [*run.refused.values()][:3])
+        what = (
+            f"no numbered directory in it is a checkpoint: {reasons}"
+            if reasons
+            else f"is no Orbax checkpoint: no {TREE_METADATA} here, no {' or '.join(ITEM_NAMES[:2])} "
+            f"directory and no numbered steps. Found: {some(names)}."
+        )
+        below = describe_below(directory, names, lambda path: _Search(path).find())
+        return NotACheckpointError(f"{directory}: {what}{below}")
+
+
 def _list(location: Location) -> list[str]:
-    """Names in the directory the user means.
+    """Names in a directory.
 
     Raises:
         CheckpointNotFoundError, NotACheckpointError: there is none, or it is empty.
@@ -118,206 +206,53 @@ def _list(location: Location) -> list[str]:
             f"{location}: is a file; expected a directory that Orbax wrote: an items directory, a step or a "
             "run's checkpoint directory."
         )
-    raise CheckpointNotFoundError(f"{location}: no such checkpoint directory.{_beside(location)}")
-
-
-def _beside(location: Location) -> str:
-    """What lies where the directory was expected, to help with a mistyped name."""
-    parent = location.parent
-    try:
-        siblings = parent.listdir(most=8) if parent is not None else []
-    except (OSError, MaxTextLoadError):
-        siblings = []
-    return f" {parent} holds: {', '.join(siblings)}." if siblings else " Check the path."
-
-
-def _item_of(directory: Location, names: Sequence[str]) -> Location | None:
-    """The item that `directory` is or, as a step, holds; None where it is neither."""
-    if TREE_METADATA in names:
-        return directory
-    candidates = [name for name in ITEM_NAMES if name in names]
-    # An item of another name is taken only from a directory that Orbax marked as a step.
-    if STEP_METADATA in names or COMMIT_FILE in names:
-        candidates += [
-            name
-            for name in names
-            if name not in candidates
-            and not name.startswith(("_", "."))
-            and "optimizer" not in name
-            and name not in (COMMIT_FILE, "orbax.checkpoint")
-        ]
-    for name in candidates:
-        if TMP_MARK not in name and name.isprintable() and (directory / name / TREE_METADATA).is_file():
-            return directory / name
-    return None
-
-
-def _checkpoints_of(run: Location, names: Sequence[str]) -> tuple[Location, Sequence[str]]:
-    """The directory of a run's steps, and what is in it: `run`, or its "checkpoints" where steps are not here."""
-    if RUN_CHECKPOINTS not in names or any(TMP_MARK not in name and _step_of(name) for name in names):
-        return run, names
-    checkpoints = run / RUN_CHECKPOINTS
-    logger.info("%s is a run's directory: using its checkpoints in %s.", run, checkpoints)
-    return checkpoints, _list(checkpoints)
-
-
-def _step_of(name: str) -> re.Match[str] | None:
-    """Matches the name of a step's directory; no writer puts non-printable characters there."""
-    return STEP_NAME.fullmatch(name) if name.isprintable() else None
-
-
-def _from_run(run: Location, names: Sequence[str], step: int | None) -> ItemLocation:
-    """Picks a step of a run's checkpoint directory: the wanted one, or the newest committed."""
-    steps = _steps(run, names)
-    if step is not None:
-        if step not in steps:
-            raise StepNotFoundError(f"{run}: has no step {step}. Steps: {_some(map(str, sorted(steps)))}.")
-        return _in_step(run, run / steps[step])
-    refused: list[str] = []
-    for number in sorted(steps, reverse=True):
-        try:
-            located = _in_step(run, run / steps[number])
-        except (UncommittedCheckpointError, NotACheckpointError, CheckpointNotFoundError) as error:
-            # A step may also be deleted while its neighbours are looked at: writers keep the newest few.
-            refused.append(str(error))
-            continue
-        if refused:
-            logger.warning("Skipped newer steps of %s: %s", run, " ".join(refused))
-        return located
-    raise UncommittedCheckpointError(f"{run}: no step is committed: {' '.join(refused)}")
-
-
-def _steps(run: Location, names: Iterable[str]) -> dict[int, str]:
-    """Directory names of a run's steps, by number."""
-    names = list(names)
-    steps: dict[int, str] = {}
-    for name in names:
-        match = _step_of(name)
-        # Of "30" and "checkpoint_30" the former is what MaxText writes.
-        if match and TMP_MARK not in name and (int(match.group(1)) not in steps or name.isdigit()):
-            steps[int(match.group(1))] = name
-    if steps:
-        return steps
-    if any(TMP_MARK in name for name in names):
-        raise UncommittedCheckpointError(
-            f"{run}: holds only temporary directories ({_some(names)}): no step was ever committed. The "
-            "writer is still at work or died: wait for it."
-        )
-    raise NotACheckpointError(
-        f"{run}: is no Orbax checkpoint: no {TREE_METADATA} here, no {' or '.join(ITEM_NAMES[:2])} "
-        f"directory and no numbered steps. Found: {_some(names)}."
-    )
-
-
-def _in_step(run: Location, directory: Location) -> ItemLocation:
-    """The committed item of one step of a run."""
-    names = _list(directory)
-    return _committed(run, directory, names, _item_of(directory, names))
-
-
-_ADVICE = (
-    "The writer is still at work or died: wait for it, or choose another step "
-    "(--step N, or --model-loader-extra-config '{\"step\": N}')."
-)
+    near = siblings(location)
+    holds = f"{location.parent} holds: {', '.join(near)}." if near else "Check the path."
+    raise CheckpointNotFoundError(f"{location}: no such checkpoint directory. {holds}")
 
 
 def _committed(
-    requested: Location, listed: Location, names: Sequence[str], items: Location | None
+    requested: Location, listed: Location, names: Sequence[str], found: Sequence[Item] | None = None
 ) -> ItemLocation:
-    """Checks the marks of a finished write and reads the checkpoint's metadata.
+    """The item that holds the model, with the marks of a finished write checked.
 
     Args:
         requested: what the user named.
         listed: the item or the step that holds it.
         names: what is in `listed`.
-        items: the item; None where `listed` is a step without one.
+        found: the items in it; None means that they are looked for.
     """
-    if items is None:
-        unfinished = listed.is_remote and STEP_METADATA in names and COMMIT_FILE not in names
-        if unfinished or any(TMP_MARK in name for name in names):
-            raise UncommittedCheckpointError(
-                f"{listed}: holds no finished item: never committed. Found: {_some(names)}. {_ADVICE}"
-            )
-        if STEP_METADATA in names or COMMIT_FILE in names:
-            raise CorruptMetadataError(
-                f"{listed}: Orbax finished it, but no item in it has a {TREE_METADATA}. Found: "
-                f"{_some(names)}. Copy the checkpoint again, or choose another step."
-            )
-        raise NotACheckpointError(f"{listed}: holds no item with a {TREE_METADATA}. Found: {_some(names)}.")
-    _refuse_temporary(items)
-    saved, committed = listed, COMMIT_FILE in names
-    raw = None
-    if STEP_METADATA in names:
-        raw = _read(saved / STEP_METADATA)
-    elif listed == items:
-        # The item was named directly. What lies above is its step only if Orbax marked it so.
-        parent = items.parent
-        if parent is not None and (raw := _read(parent / STEP_METADATA)) is not None:
-            saved, committed = parent, (parent / COMMIT_FILE).is_file()
-    elif not committed and (raw := _read(items / STEP_METADATA)) is not None:
-        # The item was saved on its own, into a directory that only looks like a step.
-        saved, committed = items, (items / COMMIT_FILE).is_file()
-    if not committed and (items.is_remote or (saved != items and (items / COMMIT_FILE).is_file())):
-        # Orbax writes the file into the item first and into the step last: on a disk, the second case is a
-        # copy of a bucket's step that was not finished.
-        raise UncommittedCheckpointError(
-            f"{saved}: {COMMIT_FILE} is missing: never committed. {_ADVICE} If it was copied here from a "
-            f"disk, where a commit is a rename, put an empty {COMMIT_FILE} into it."
-        )
-    metadata = {} if raw is None else _parse(saved / STEP_METADATA, raw)
-    if "commit_timestamp_nsecs" in metadata and metadata["commit_timestamp_nsecs"] is None:
-        raise UncommittedCheckpointError(
-            f"{saved}: {STEP_METADATA} has no commit time: never committed. {_ADVICE}"
-        )
+    if found is None:
+        found = find_items(listed, names)
+    if not found:
+        refuse_without_tree(listed, names)
+    if is_marked(names):
+        # Before the choice: an unfinished step may lack the very item that holds the model.
+        saved, metadata = check_committed(listed, names, found[0].location)
+        items = choose_item(listed, found)
+    else:
+        items = choose_item(listed, found)
+        saved, metadata = check_committed(listed, names, items)
     custom = metadata.get("custom_metadata")
     scan_layers = custom.get("scan_layers") if isinstance(custom, dict) else None
+    step_directory = _step_directory(saved, items)
     return ItemLocation(
         requested=requested,
         items=items,
-        step=_step_number(items),
+        step=None if step_directory is None else _number(step_directory.name),
         scan_layers=scan_layers if isinstance(scan_layers, bool) else None,
+        step_directory=step_directory,
     )
 
 
-def _step_number(items: Location) -> int | None:
-    """The training step as the names of the item's directory, or the one above, tell it."""
-    for directory in (items, items.parent):
-        if directory is not None and (match := STEP_NAME.fullmatch(directory.name)):
-            return int(match.group(1))
-    return None
+def _step_directory(saved: Location, items: Location) -> Location | None:
+    """The directory whose name tells the training step: the one that bears Orbax's marks, or near the item."""
+    near = [saved] if saved != items else [each for each in (items, items.parent) if each is not None]
+    named = [directory for directory in near if _number(directory.name) is not None]
+    # An item may be called "params_2".
+    return next((directory for directory in named if directory.name.isdigit()), named[0] if named else None)
 
 
-def _refuse_temporary(location: Location) -> None:
-    for part in location.url.split("/"):
-        if TMP_MARK in part:
-            raise UncommittedCheckpointError(
-                f"{location}: {part} is a temporary directory: its writer has not finished, or died. Wait "
-                "for it, or choose another step."
-            )
-
-
-def _read(location: Location) -> bytes | None:
-    """The file's content, None where there is none."""
-    try:
-        return location.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-
-
-def _parse(location: Location, raw: bytes) -> dict[str, object]:
-    try:
-        parsed = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        if found := describe_substitute(raw, is_json=True):
-            raise CorruptMetadataError(f"{location}: is not valid JSON: it {found}") from error
-        raise CorruptMetadataError(
-            f"{location}: is not valid JSON ({error}). Copy the checkpoint again, or choose another step."
-        ) from error
-    if not isinstance(parsed, dict):
-        raise CorruptMetadataError(f"{location}: is not a JSON object, found {type(parsed).__name__}.")
-    return parsed
-
-
-def _some(names: Iterable[str], most: int = 12) -> str:
-    listed = list(names)
-    return ", ".join(listed[:most]) + (f", … ({len(listed)} in all)" if len(listed) > most else "")
+def _number(name: str) -> int | None:
+    match = STEP_NAME.fullmatch(name)
+    return int(match["number"]) if match else None

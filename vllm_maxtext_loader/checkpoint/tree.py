@@ -12,12 +12,12 @@ import json
 import logging
 import math
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import tensorstore as ts
 
 from vllm_maxtext_loader.checkpoint.arrays import Format, open_arrays
-from vllm_maxtext_loader.checkpoint.find import TREE_METADATA, ItemLocation
 from vllm_maxtext_loader.checkpoint.marks import (
     Key,
     dtype_error,
@@ -26,11 +26,15 @@ from vllm_maxtext_loader.checkpoint.marks import (
     refuse_foreign,
     state_reason,
 )
+from vllm_maxtext_loader.checkpoint.names import TREE_METADATA
 from vllm_maxtext_loader.checkpoint.storage.path import Location
 from vllm_maxtext_loader.checkpoint.substitutes import describe_substitute
 from vllm_maxtext_loader.checkpoint.unmerged import OCDBT_MANIFEST, open_unmerged, unmerged_parts
 from vllm_maxtext_loader.dtypes import FLOATS
 from vllm_maxtext_loader.errors import CorruptMetadataError, UnknownModelError
+
+if TYPE_CHECKING:
+    from vllm_maxtext_loader.checkpoint.find import ItemLocation
 
 logger = logging.getLogger("vllm." + __name__)
 
@@ -133,6 +137,13 @@ class Tree:
     def skipped_nbytes(self) -> int:
         """Decoded bytes of all arrays that are not read."""
         return sum(entry.nbytes for entry in self.skipped)
+
+
+def holds_model(keys: Iterable[tuple[str, ...]]) -> bool:
+    """Whether a tree with these leaves holds one MaxText model."""
+    listed = list(keys)
+    prefixes = _prefixes(listed, random_streams(listed))
+    return len(prefixes) == 1 or (bool(prefixes) and prefixes[0] in WRITERS)
 
 
 def read_tree(location: ItemLocation, context: ts.Context) -> Tree:

@@ -107,14 +107,16 @@ def _values(values: Iterable[int]) -> str:
 
 
 def _steps(found: Inspection) -> Iterable[tuple[str, str]]:
-    committed = [step.number for step in found.steps if step.committed]
-    if committed:
-        yield "steps", f"{ranges(committed, together=False)} committed"
-    for step in found.steps:
+    steps = [step for step in found.steps if not step.passed_over]
+    if committed := [step.name for step in steps if step.committed]:
+        yield "steps", f"{', '.join(committed)} committed"
+    for step in steps:
         if step.committed is False:
-            yield "", f"{step.number} not committed: {step.detail}"
-    if unknown := [step for step in found.steps if step.committed is None]:
+            yield "", f"{step.name} not committed: {step.detail}"
+    if unknown := [step for step in steps if step.committed is None]:
         yield "", f"{len(unknown)} more, {unknown[0].detail}"
+    if others := [step.name for step in found.steps if step.passed_over]:
+        yield "", f"{', '.join(others)} passed over: not named as the steps are; to load one, give its path"
 
 
 def _data(found: Inspection) -> Iterable[tuple[str, str, str]]:
@@ -309,18 +311,10 @@ def size(nbytes: int) -> str:
     return f"{nbytes} B"
 
 
-def ranges(numbers: Iterable[int], *, together: bool = True) -> str:
-    """0-4,6 for 0, 1, 2, 3, 4, 6.
-
-    Args:
-        numbers: in any order.
-        together: whether neighbours are drawn together; else each is named.
-    """
-    ordered = sorted(numbers)
-    if not together:
-        return ", ".join(map(str, ordered))
+def ranges(numbers: Iterable[int]) -> str:
+    """0-4,6 for 0, 1, 2, 3, 4, 6, in any order."""
     runs: list[list[int]] = []
-    for number in ordered:
+    for number in sorted(numbers):
         if runs and number == runs[-1][-1] + 1:
             runs[-1][1:] = [number]
         else:

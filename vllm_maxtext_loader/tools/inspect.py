@@ -15,7 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from vllm_maxtext_loader.checkpoint.data_files import DataFiles, check_data_files
-from vllm_maxtext_loader.checkpoint.find import STEP_NAME, TMP_MARK, ItemLocation, locate
+from vllm_maxtext_loader.checkpoint.find import TMP_MARK, ItemLocation, locate
+from vllm_maxtext_loader.checkpoint.names import STEP_NAME
 from vllm_maxtext_loader.checkpoint.reader import DecodedRegion, read_regions
 from vllm_maxtext_loader.checkpoint.statistics import ValueStatistics, statistics
 from vllm_maxtext_loader.checkpoint.storage.path import Location, tensorstore_context
@@ -38,20 +39,27 @@ from vllm_maxtext_loader.options import read_budget
 _STEPS_CHECKED = 20
 """Newest steps of a run that are looked into; each costs a few requests."""
 
+_OTHERS_CHECKED = 5
+"""The same for directories that are named otherwise than the steps."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A step of the run the checkpoint belongs to.
+    """A step of the run the checkpoint belongs to, or what resembles one.
 
     Attributes:
         number: training step.
         committed: whether its write was finished and it can be read; None where that is not known.
         detail: why not.
+        name: of its directory.
+        passed_over: whether it is named otherwise than the run's steps, which makes it none of them.
     """
 
     number: int
     committed: bool | None
     detail: str = ""
+    name: str = ""
+    passed_over: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +188,13 @@ class Inspection:
                 for reason, (arrays, total) in self.skipped.items()
             ],
             "steps": [
-                {"step": step.number, "committed": step.committed, "detail": step.detail}
+                {
+                    "step": step.number,
+                    "name": step.name,
+                    "committed": step.committed,
+                    "passed_over": step.passed_over,
+                    "detail": step.detail,
+                }
                 for step in self.steps
             ],
         }
@@ -255,41 +269,57 @@ def _preset(plan: Plan, model_name: str | None) -> tuple[Preset | None, tuple[Pr
 
 
 def _steps(location: ItemLocation) -> tuple[Step, ...]:
-    """The steps of the run the checkpoint belongs to, with temporary directories among them."""
-    step_dir = location.items if STEP_NAME.fullmatch(location.items.name) else location.items.parent
-    run = None if location.step is None or step_dir is None else step_dir.parent
+    """The steps of the run the checkpoint belongs to, with temporary directories, and what resembles steps."""
+    step_dir = location.step_directory
+    run = step_dir and step_dir.parent
     if run is None or step_dir is None:
         return ()
     try:
         names = run.listdir()
     except (OSError, MaxTextLoadError):
         return ()
-    matches = [(name, STEP_NAME.fullmatch(name.partition(TMP_MARK)[0])) for name in names]
-    numbered = sorted(((int(match[1]), name) for name, match in matches if match), reverse=True)
+    schemes: dict[str, list[tuple[int, str]]] = {}
+    for name in names:
+        if match := STEP_NAME.fullmatch(name.partition(TMP_MARK)[0]):
+            schemes.setdefault(match["prefix"] or "", []).append((int(match["number"]), name))
 
-    def look(entry: tuple[int, str]) -> Step | None:
-        number, name = entry
-        return Step(number, True) if name == step_dir.name else _check(run, number, name)
+    def look(entries: list[tuple[int, str]], most: int) -> list[Step]:
+        entries = sorted(entries, reverse=True)
+        with ThreadPoolExecutor(8) as pool:
+            found = pool.map(lambda entry: _check(run, *entry, known=step_dir.name), entries[:most])
+            steps = [step for step in found if step is not None]
+        return steps + [Step(number, None, "not looked into", name) for number, name in entries[most:]]
 
-    with ThreadPoolExecutor(8) as pool:
-        steps = [step for step in pool.map(look, numbered[:_STEPS_CHECKED]) if step is not None]
-    steps += [Step(number, None, "not looked into") for number, _ in numbered[_STEPS_CHECKED:]]
-    return tuple(sorted(steps, key=lambda step: step.number))
+    own = STEP_NAME.fullmatch(step_dir.name)
+    steps = look(schemes.pop("", []), _STEPS_CHECKED)
+    if own and own["prefix"] and not any(step.committed is not None for step in steps):
+        steps = look(schemes.pop(own["prefix"], []), _STEPS_CHECKED)
+    others = look([entry for entries in schemes.values() for entry in entries], _OTHERS_CHECKED)
+    steps += [dataclasses.replace(step, passed_over=True) for step in others if step.committed is not None]
+    return tuple(sorted(steps, key=lambda step: (step.passed_over, step.number, step.name)))
 
 
-def _check(run: Location, number: int, name: str) -> Step | None:
-    """One step; None where the directory is no checkpoint."""
+def _check(run: Location, number: int, name: str, known: str) -> Step | None:
+    """One step; None where the directory is no checkpoint.
+
+    Args:
+        run: the directory of the steps.
+        number: its number.
+        name: its directory.
+        known: the directory that is known to be committed.
+    """
     if TMP_MARK in name:
-        return Step(number, False, f"temporary directory {name}: its writer has not finished, or died")
-    try:
-        locate((run / name).url)
-    except (CheckpointNotFoundError, NotACheckpointError):
-        return None
-    except StorageError as error:
-        return Step(number, None, str(error))
-    except MaxTextLoadError as error:
-        return Step(number, False, str(error))
-    return Step(number, True)
+        return Step(number, False, "temporary directory: its writer has not finished, or died", name)
+    if name != known:
+        try:
+            locate((run / name).url)
+        except (CheckpointNotFoundError, NotACheckpointError):
+            return None
+        except StorageError as error:
+            return Step(number, None, str(error), name)
+        except MaxTextLoadError as error:
+            return Step(number, False, str(error), name)
+    return Step(number, True, name=name)
 
 
 def _dims_json(plan: Plan) -> dict[str, Any]:

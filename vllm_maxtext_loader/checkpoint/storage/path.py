@@ -19,9 +19,13 @@ from vllm_maxtext_loader.checkpoint.storage.retry import (
     redact,
     to_storage_error,
 )
+from vllm_maxtext_loader.checkpoint.storage.spelling import bucket_hint, refuse_misspelled
 from vllm_maxtext_loader.checkpoint.storage.stall import abort_stalled_transfers
 from vllm_maxtext_loader.checkpoint.storage.web_address import refuse_web_address
 from vllm_maxtext_loader.errors import CheckpointNotFoundError, printable
+
+_OTHER_STORAGE = ("s3",)
+"""Schemes of storage that `gcloud storage` copies from."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,17 +53,19 @@ class Location:
         refuse_web_address(text)
         scheme, separator, rest = text.partition("://")
         match (scheme.lower() if separator else "", rest):
-            case ("", _):
-                _refuse_lost_slash(text)
-                return cls(os.path.abspath(os.path.expanduser(text)))
             case ("gs" | "gcs", _):
                 return cls(_bucket_url(rest))
             case ("file", _):
                 return cls(os.path.abspath(_path_of_file_url(text, rest)))
-        raise CheckpointNotFoundError(
-            f"{redact(text.partition('?')[0])}: the scheme {scheme}:// is not supported. Give a local path or a gs:// "
-            "URL."
-        )
+        refuse_misspelled(text)
+        if separator and not os.path.lexists(text):
+            shown, elsewhere = redact(text.partition("?")[0]), ""
+            if scheme.lower() in _OTHER_STORAGE:
+                elsewhere = f" Copy the checkpoint first, e.g. with `gcloud storage cp --recursive {shown} gs://BUCKET/path`."
+            raise CheckpointNotFoundError(
+                f"{shown}: the scheme {scheme}:// is not supported. Give a local path or a gs:// URL.{elsewhere}"
+            )
+        return cls(os.path.abspath(os.path.expanduser(text)))
 
     @property
     def is_remote(self) -> bool:
@@ -179,20 +185,6 @@ class Location:
         return {"driver": "file", "path": f"{self.url.rstrip('/')}/"}
 
 
-def _refuse_lost_slash(text: str) -> None:
-    """Refuses "gs:/bucket/path" and "gs:bucket/path", unless a directory has that name.
-
-    Raises:
-        CheckpointNotFoundError: with the URL that was meant.
-    """
-    scheme, _, rest = text.partition(":")
-    if rest and scheme.lower() in ("gs", "gcs", "file") and not os.path.lexists(text):
-        meant = "file://" + rest if scheme.lower() == "file" else "gs://" + rest.lstrip("/")
-        raise CheckpointNotFoundError(
-            f"{redact(text)}: no such checkpoint directory. Did you mean {redact(meant)}? (A pathlib.Path drops a slash.)"
-        )
-
-
 def _bucket_url(rest: str) -> str:
     """The normal form of what follows "gs://".
 
@@ -204,8 +196,11 @@ def _bucket_url(rest: str) -> str:
     url = f"gs://{name}/{path}".rstrip("/")
     if not name:
         raise CheckpointNotFoundError(f"gs://{rest}: names no bucket. Give gs://BUCKET/path.")
+    refuse_web_address(f"https://{rest}")
     if not gcs.is_bucket_name(name):
-        raise CheckpointNotFoundError(f"{redact(url)}: is not a valid bucket name. {gcs.BUCKET_NAMING}")
+        raise CheckpointNotFoundError(
+            f"{redact(url)}: is not a valid bucket name. {gcs.BUCKET_NAMING}{bucket_hint(rest)}"
+        )
     if not gcs.is_object_name(path):
         raise CheckpointNotFoundError(
             f"{redact(url)}: is not a valid object name: it has control characters, or more than 1024 bytes."

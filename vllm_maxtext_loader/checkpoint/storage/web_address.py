@@ -7,7 +7,14 @@ import urllib.parse
 from vllm_maxtext_loader.checkpoint.storage.retry import redact
 from vllm_maxtext_loader.errors import CheckpointNotFoundError
 
-_DOWNLOAD_HOSTS = ("storage.googleapis.com", "storage.cloud.google.com", "commondatastorage.googleapis.com")
+_DOWNLOAD_HOSTS = (
+    "storage.googleapis.com",
+    "storage.cloud.google.com",
+    "storage.mtls.googleapis.com",
+    "storage.mtls.cloud.google.com",
+    "storage-download.googleapis.com",
+    "commondatastorage.googleapis.com",
+)
 _CONSOLE_HOSTS = ("console.cloud.google.com", "console.developers.google.com")
 _CONSOLE_PREFIXES = (
     ("storage", "browser", "_details"),
