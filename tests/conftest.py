@@ -7,14 +7,17 @@ import importlib.util
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from support.checkpoints import FIXTURES, Tree, cases, read_orbax, write_orbax
 from vllm_maxtext_loader import cpu_kernels
+
+if TYPE_CHECKING:
+    from support.damage import Place
 
 # Orbax, which writes test checkpoints, imports jax; without this it would look for a TPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -63,6 +66,21 @@ def twin(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return out
 
     return make
+
+
+@pytest.fixture(params=["disk", "bucket"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+    """A directory tree on the disk, and the same in a bucket."""
+    from support import gcs
+    from support.damage import Place
+
+    if request.param == "disk":
+        yield Place(tmp_path, None)
+        return
+    proxy = gcs.shared()[1]
+    proxy.clear()
+    with gcs.environment(proxy.url, VLLM_MAXTEXT_TIMEOUT="5"):
+        yield Place(tmp_path, tmp_path.name)
 
 
 @pytest.fixture

@@ -53,6 +53,10 @@ class CorruptMetadataError(MaxTextLoadError, ValueError):
     """The checkpoint's metadata cannot be parsed or contradicts itself."""
 
 
+class OldLayoutError(MaxTextLoadError, ValueError):
+    """An Orbax wrote the checkpoint that did not record tree metadata yet."""
+
+
 class UnknownModelError(MaxTextLoadError, ValueError):
     """The tree is not one of the model families this package knows."""
 

@@ -10,6 +10,7 @@ writer saved a single tree (MaxText's parameter-only checkpoints), the item.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -28,6 +29,7 @@ from vllm_maxtext_loader.checkpoint.substitutes import describe_substitute
 from vllm_maxtext_loader.errors import (
     CorruptMetadataError,
     NotACheckpointError,
+    OldLayoutError,
     UncommittedCheckpointError,
 )
 
@@ -37,6 +39,10 @@ _ADVICE = (
 )
 _COPY_AGAIN = "Copy the checkpoint again, or choose another step."
 _MOST_LOOKED_INTO = 4
+"""Items of a step that are listed to say why it cannot be loaded."""
+
+_LEAF = re.compile(r"\w+(?:\.\w+){2,}(?<!\.json)(?<!\.safetensors)")
+"""A directory named by a leaf, "params.decoder.decoder_norm.scale"."""
 
 
 def refuse_temporary(location: Location) -> None:
@@ -108,18 +114,23 @@ def refuse_without_tree(listed: Location, names: Sequence[str]) -> NoReturn:
     Raises:
         UncommittedCheckpointError: its writer has not finished.
         CorruptMetadataError: Orbax committed it, and the tree metadata was lost.
-        NotACheckpointError: an old Orbax wrote it, or another program.
+        OldLayoutError: an old Orbax wrote it.
+        NotACheckpointError: another program wrote it.
     """
     itself = holds_arrays(names)
     saved, marks = listed, names
-    if itself and not is_marked(names) and listed.parent is not None:
-        saved, marks = listed.parent, _names(listed.parent)
+    if itself and listed.parent is not None:
+        # Orbax also marks the items of a step, before the step.
+        above = _names(listed.parent)
+        if is_marked(above):
+            saved, marks = listed.parent, above
     inside = {listed: names}
-    if not itself:
+    # In a bucket, a missing commit file says enough.
+    if not itself and not (listed.is_remote and STEP_METADATA in names):
         inside |= {listed / name: _names(listed / name) for name in candidates(names)[:_MOST_LOOKED_INTO]}
     if STEP_METADATA not in marks:
         for directory, entries in inside.items():
-            refuse_old_layout(directory, entries)
+            _refuse_old_layout(directory, entries)
     if any(TMP_MARK in name for name in names):
         raise UncommittedCheckpointError(
             f"{listed}: holds no finished item: never committed. Found: {some(names)}. {_ADVICE}"
@@ -137,8 +148,9 @@ def refuse_without_tree(listed: Location, names: Sequence[str]) -> NoReturn:
         lacks.append(
             f"{COMMIT_FILE} is missing" if saved.is_remote else f"{STEP_METADATA} has no commit time"
         )
+    advice = _ADVICE if STEP_METADATA in marks else f"{_ADVICE} If it is a copy, copy it again."
     raise UncommittedCheckpointError(
-        f"{saved}: holds no finished item: never committed ({', and '.join(lacks)}). Found: {some(names)}. {_ADVICE}"
+        f"{saved}: holds no finished item: never committed ({', and '.join(lacks)}). Found: {some(names)}. {advice}"
     )
 
 
@@ -155,23 +167,23 @@ def _was_committed(directory: Location, names: Sequence[str]) -> bool:
     return metadata.get("commit_timestamp_nsecs") is not None
 
 
-def refuse_old_layout(directory: Location, names: Sequence[str]) -> None:
+def _refuse_old_layout(directory: Location, names: Sequence[str]) -> None:
     """Refuses an item that an Orbax without tree metadata wrote: its msgpack file, or a zarr array by leaf name.
 
     Raises:
-        NotACheckpointError: it is one.
+        OldLayoutError: it is one.
     """
     if TREE_METADATA in names:
         return
-    leaves = [name for name in names if "." in name and not name.startswith((".", "_", "ocdbt."))]
+    leaves = [name for name in names if _LEAF.fullmatch(name)]
     # TensorFlow has a file of this name next to its index.
     is_tensorflow = any(name.endswith(".index") for name in names)
-    expected = [f"{name}/.zarray" for name in leaves[:_MOST_LOOKED_INTO]]
+    expected = [f"{name}/.zarray" for name in leaves[:1]]
     if "checkpoint" in names and not is_tensorflow and (leaves or holds_arrays(names) or len(names) == 1):
         expected.insert(0, "checkpoint")
     for found in expected:
         if (directory / found).is_file():
-            raise NotACheckpointError(
+            raise OldLayoutError(
                 f"{directory}: has {found} but no {TREE_METADATA}: it was written by an Orbax of 2023 or before, which "
                 "recorded no tree metadata. Re-save it: restore it with the Orbax and MaxText that wrote it, and save "
                 "it with a current Orbax."

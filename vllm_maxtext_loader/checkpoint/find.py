@@ -7,6 +7,7 @@ finished, `around` what is near a path that is not a checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -15,7 +16,6 @@ from collections.abc import Sequence
 from vllm_maxtext_loader.checkpoint.around import describe_below, siblings, surrounding_item
 from vllm_maxtext_loader.checkpoint.commit import (
     check_committed,
-    refuse_old_layout,
     refuse_temporary,
     refuse_without_tree,
 )
@@ -78,7 +78,7 @@ def locate(path: str | os.PathLike[str], step: int | None = None) -> ItemLocatio
 
     Raises:
         CheckpointNotFoundError, NotACheckpointError, UncommittedCheckpointError, StepNotFoundError,
-        UnknownModelError, CorruptMetadataError, StorageError: each with what was found instead.
+        OldLayoutError, UnknownModelError, CorruptMetadataError, StorageError: each with what was found instead.
     """
     requested = Location.parse(path)
     search = _Search(requested, step)
@@ -155,22 +155,24 @@ class _Search:
         return _committed(self._requested, directory, _list(directory))
 
     def nothing_found(self) -> NotACheckpointError | UncommittedCheckpointError:
-        """The error for a directory in which `find` found no checkpoint."""
+        """The error for a directory in which `find` found no checkpoint.
+
+        Raises:
+            OldLayoutError, UncommittedCheckpointError: it is a step, but none that can be loaded.
+        """
         if (outer := surrounding_item(self._requested)) is not None:
             return NotACheckpointError(
                 f"{self._requested}: is a part of a checkpoint. Give the path of all of it: {outer}"
             )
         run, names = self._runs[-1]
         directory = run.directory
-        try:
-            refuse_old_layout(directory, names)
-        except NotACheckpointError as error:
-            return error
         if not run.refused and any(TMP_MARK in name for name in names):
             return UncommittedCheckpointError(
                 f"{directory}: holds only temporary directories ({some(names)}): no step was ever committed. The "
                 "writer is still at work or died: wait for it."
             )
+        with contextlib.suppress(NotACheckpointError):
+            refuse_without_tree(directory, names)
         reasons = " ".join(str(error) for error in [*run.refused.values()][:3])
         what = (
             f"no numbered directory in it is a checkpoint: {reasons}"

@@ -16,6 +16,7 @@ from vllm_maxtext_loader.checkpoint.names import (
     TMP_MARK,
     TREE_METADATA,
     WEIGHT_ITEMS,
+    is_array_data,
     is_marked,
     some,
 )
@@ -51,6 +52,7 @@ def candidates(names: Sequence[str]) -> list[str]:
             if name not in found
             and not name.startswith(("_", "."))
             and name not in (COMMIT_FILE, "orbax.checkpoint")
+            and not is_array_data(name)
         ]
     found = [name for name in found if TMP_MARK not in name and name.isprintable()]
     return [name for name in found if "optimizer" not in name] or found

@@ -32,9 +32,14 @@ def is_marked(names: Iterable[str]) -> bool:
     return any(name in (STEP_METADATA, COMMIT_FILE) for name in names)
 
 
+def is_array_data(name: str) -> bool:
+    """Whether Orbax gives this name to a part of an item."""
+    return bool(_ARRAYS.fullmatch(name))
+
+
 def holds_arrays(names: Iterable[str]) -> bool:
     """Whether a directory with these entries is an item: Orbax wrote arrays there."""
-    return any(_ARRAYS.fullmatch(name) for name in names)
+    return any(map(is_array_data, names))
 
 
 def naming_schemes(names: Iterable[str]) -> dict[str, Steps]:
@@ -46,7 +51,7 @@ def naming_schemes(names: Iterable[str]) -> dict[str, Steps]:
     for name in names:
         # No writer puts non-printable characters there.
         match = STEP_NAME.fullmatch(name) if name.isprintable() else None
-        if match and TMP_MARK not in name and not _ARRAYS.fullmatch(name):
+        if match and TMP_MARK not in name and not is_array_data(name):
             steps = schemes.setdefault(match["prefix"] or "", {})
             steps.setdefault(int(match["number"]), []).append(name)
     return schemes

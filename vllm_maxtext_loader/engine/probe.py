@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
+import os
 import subprocess
 import sys
 
@@ -87,4 +89,7 @@ def answer() -> None:
 
 
 if __name__ == "__main__":
+    # vLLM sets up logging in its own processes; here nobody does, and what is said of a run's steps is logged as INFO.
+    logging.basicConfig(format="%(levelname)s %(message)s")
+    logging.getLogger("vllm").setLevel(os.environ.get("VLLM_LOGGING_LEVEL", "INFO").upper())
     answer()
