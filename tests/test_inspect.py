@@ -153,6 +153,40 @@ def test_steps_of_a_run(copy_case: Callable[[str], Path]) -> None:
     assert [step.number for step in inspect_checkpoint(run / "0" / "items").steps] == [0, 100, 2000, 3000]
 
 
+def test_directories_are_listed_as_they_are_named(copy_case: Callable[[str], Path]) -> None:
+    run = copy_case("moe_v2") / "checkpoints"
+    for name in ("000100", "before_crash_900", "hf_20250101"):
+        shutil.copytree(run / "0", run / name)
+    shutil.rmtree(run / "hf_20250101" / "items")
+    (run / "hf_20250101" / "_CHECKPOINT_METADATA").rename(run / "hf_20250101" / "config.json")
+    (run / "hf_20250101" / "commit_success.txt").unlink()
+    shown = " ".join(_shown(run, 100).split())
+    assert "0, 000100 committed before_crash_900 passed over: not named as the steps are" in shown
+    assert "hf_20250101" not in shown
+    steps = inspect_checkpoint(run).to_json()["steps"]
+    assert [(step["step"], step["name"], step["passed_over"]) for step in steps] == [
+        (0, "0", False),
+        (100, "000100", False),
+        (900, "before_crash_900", True),
+    ]
+    # The backup itself is named: the run's steps are still the numbers.
+    found = inspect_checkpoint(run / "before_crash_900")
+    assert found.tree.location.step == 900
+    assert [step.name for step in found.steps if not step.passed_over] == ["0", "000100"]
+
+
+def test_directories_with_a_prefix(copy_case: Callable[[str], Path]) -> None:
+    run = copy_case("moe_v2") / "checkpoints"
+    for name in ("checkpoint_5", "checkpoint_20", "params_7"):
+        shutil.copytree(run / "0", run / name)
+    shutil.rmtree(run / "0")
+    (run / "checkpoint_30.orbax-checkpoint-tmp-1").mkdir()
+    shown = " ".join(_shown(run / "checkpoint_5", 100).split())
+    assert "checkpoint_5, checkpoint_20 committed" in shown
+    assert "checkpoint_30.orbax-checkpoint-tmp-1 not committed: temporary directory" in shown
+    assert "params_7 passed over" in shown
+
+
 def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(CheckpointNotFoundError):
         inspect_checkpoint(tmp_path / "absent")

@@ -31,6 +31,7 @@ def test_base_directory_of_several_runs(place: Place, caplog: pytest.LogCaptureF
     base = place.url("base")
     with caplog.at_level(logging.INFO):
         message = refused(base)
+    assert "is no Orbax checkpoint" in message
     assert "Below it would load: exp_1 (step 200), other (step 7)." in message
     assert f"Give the path, e.g. {base}/exp_1." in message
     assert not caplog.records

@@ -273,6 +273,7 @@ def test_hint_for_a_path_that_leads_nowhere(
         ("my%20run", "Did you mean gs://{}/my run?"),
         ('run"', "Did you mean gs://{}/run?"),
         ("*", "Give a directory, not a pattern: gs://{}"),
+        ("run?authuser=1", "Did you mean gs://{}/run?"),
         ("$RUN", "Is a variable in it that was not expanded?"),
     ],
 )

@@ -8,6 +8,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from support import gcs
 from support.damage import Place
@@ -248,6 +250,57 @@ def test_unfinished_step_of_another_item(place: Place) -> None:
     assert locate(run).step == 100
     with pytest.raises(errors.UncommittedCheckpointError, match=rf"200: {COMMIT_FILE} is missing"):
         locate(run, 200)
+
+
+NAMES = ["1", "2", "0002", "3", "a_3", "a_4", "b_c_5", "b_c_0005", "z"]
+
+
+def expected(states: dict[str, str]) -> str | type[Exception]:
+    """The directory that is loaded, or the error, by the rules of docs/gcs.md."""
+    holding = {name for name, state in states.items() if state != "other" and name != "z"}
+    schemes = {name.rpartition("_")[0] for name in holding}
+    if not holding:
+        return errors.NotACheckpointError
+    if "" in schemes:
+        holding = {name for name in holding if "_" not in name}
+    elif len(schemes) > 1:
+        return errors.StepNotFoundError
+    numbers = {name: int(name.rpartition("_")[2]) for name in holding}
+    for number in sorted(set(numbers.values()), reverse=True):
+        named = [name for name in holding if numbers[name] == number]
+        if len(named) > 1:
+            return errors.StepNotFoundError
+        if states[named[0]] == "committed":
+            return named[0]
+    return errors.UncommittedCheckpointError
+
+
+def test_newest_step_follows_the_rules(tmp_path: Path) -> None:
+    @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(
+        st.dictionaries(
+            st.sampled_from(NAMES), st.sampled_from(["committed", "unfinished", "other"]), min_size=1
+        )
+    )
+    def run(states: dict[str, str]) -> None:
+        for name, state in states.items():
+            directory = tmp_path / "run" / name
+            (directory / "items").mkdir(parents=True)
+            (directory / "items" / ("config.json" if state == "other" else TREE_METADATA)).touch()
+            if state != "other":
+                time = None if state == "unfinished" else 1
+                (directory / STEP_METADATA).write_text(json.dumps({"commit_timestamp_nsecs": time}))
+        want = expected(states)
+        try:
+            if isinstance(want, str):
+                assert locate(tmp_path / "run").items.url == str(tmp_path / "run" / want / "items")
+            else:
+                with pytest.raises(want):
+                    locate(tmp_path / "run")
+        finally:
+            shutil.rmtree(tmp_path / "run")
+
+    run()
 
 
 def test_requests_of_runs_with_other_directories(tmp_path: Path) -> None:

@@ -173,13 +173,24 @@ NAMES = st.one_of(
             "items",
             "items.orbax-checkpoint-tmp-1",
             "default",
+            "000010",
+            "before_crash_900",
+            "params",
+            "checkpoint",
         ]
     ),
     st.sampled_from(
         ["7.orbax-checkpoint-tmp-12", "checkpoints", "model_params", "optimizer_state", "\u0663", "a b", "-"]
     ),
     st.sampled_from(
-        ["_METADATA", "_CHECKPOINT_METADATA", "commit_success.txt", "manifest.ocdbt", "orbax.checkpoint"]
+        [
+            "_METADATA",
+            "_CHECKPOINT_METADATA",
+            "commit_success.txt",
+            "manifest.ocdbt",
+            "ocdbt.process_0",
+            "orbax.checkpoint",
+        ]
     ),
 )
 CONTENTS = st.sampled_from(

@@ -46,6 +46,9 @@ __all__ = ["COMMIT_FILE", "STEP_METADATA", "TMP_MARK", "TREE_METADATA", "ItemLoc
 
 logger = logging.getLogger("vllm." + __name__)
 
+_MOST_REASONS = 3
+"""Directories of which an error says why they are not steps."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ItemLocation:
@@ -85,7 +88,9 @@ def locate(path: str | os.PathLike[str], step: int | None = None) -> ItemLocatio
     try:
         located = search.find()
     except CheckpointNotFoundError as error:
-        raise CheckpointNotFoundError(f"{error}{spelling_hint(os.fsdecode(path), requested.url)}") from error
+        if hint := spelling_hint(os.fsdecode(path), requested.url):
+            raise CheckpointNotFoundError(f"{error}{hint}") from error
+        raise
     finally:
         for level, note in search.notes:
             logger.log(level, "%s", note)
@@ -173,15 +178,16 @@ class _Search:
             )
         with contextlib.suppress(NotACheckpointError):
             refuse_without_tree(directory, names)
-        reasons = " ".join(str(error) for error in [*run.refused.values()][:3])
-        what = (
-            f"no numbered directory in it is a checkpoint: {reasons}"
-            if reasons
-            else f"is no Orbax checkpoint: no {TREE_METADATA} here, no {' or '.join(ITEM_NAMES[:2])} "
-            f"directory and no numbered steps. Found: {some(names)}."
-        )
         below = describe_below(directory, names, lambda path: _Search(path).find())
-        return NotACheckpointError(f"{directory}: {what}{below}")
+        why = "no numbered steps"
+        if run.refused:
+            why = "no numbered directory is a step"
+            if not below:
+                below = f" {' '.join(str(error) for error in list(run.refused.values())[:_MOST_REASONS])}"
+        return NotACheckpointError(
+            f"{directory}: is no Orbax checkpoint: no {TREE_METADATA} here, no {' or '.join(ITEM_NAMES[:2])} "
+            f"directory and {why}. Found: {some(names)}.{below}"
+        )
 
 
 def _list(location: Location) -> list[str]:

@@ -78,7 +78,9 @@ def spelling_hint(text: str, url: str) -> str:
         return " The path has characters that cannot be seen."
     if "$" in text:
         return " Is a variable in it that was not expanded?"
-    if match := re.match(r"([^*?]*)/[^/]*[*?]", text):
+    if "?" in text:
+        return f" Did you mean {_shown(text)}?"
+    if match := re.match(r"([^*]*)/[^/]*\*", text):
         return f" Give a directory, not a pattern: {_shown(match[1])}"
     path = text.removeprefix("/")
     first = path.partition("/")[0]
