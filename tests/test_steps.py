@@ -50,6 +50,22 @@ def test_backup_next_to_numbers_is_not_a_step(
     assert locate(run, 100).items.url == f"{run}/100/items"
 
 
+def test_orbax_has_the_same_newest_step(tmp_path: Path) -> None:
+    from orbax.checkpoint.path import step as orbax_step
+
+    place = Place(tmp_path, None)
+    for name in ("100", "200", "before_crash_900"):
+        place.step(name)
+        place.step(f"checkpoint_{name}", parent="prefix")
+    shutil.rmtree(tmp_path / "prefix/checkpoint_before_crash_900")
+    for run, prefix in (("run", None), ("prefix", "checkpoint")):
+        newest = orbax_step.latest_step_metadata(
+            tmp_path / run, orbax_step.standard_name_format(step_prefix=prefix)
+        )
+        assert newest is not None
+        assert locate(tmp_path / run).items.url == str(newest.path / "items")
+
+
 def test_one_prefix(place: Place, caplog: pytest.LogCaptureFixture) -> None:
     for name in ("checkpoint_5", "checkpoint_20"):
         place.step(name)
