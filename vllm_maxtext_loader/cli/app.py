@@ -149,7 +149,7 @@ def inspect(
                              does not read; else {count, min, max, mean,
                              zero_share, nan, inf}, of the finite values
       skipped                {reason, arrays, bytes} each
-      steps                  {step, committed, detail} each
+      steps                  {step, name, committed, passed_over, detail} each
       notes                  sentences
       model.dims, layout and tensors are null where the model is not understood.
     """
