@@ -43,7 +43,9 @@ def _distinct(shape: tuple[int, ...]) -> np.ndarray:
     return np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
 
 
-@pytest.mark.parametrize("pattern", [pattern for pattern in PATTERNS if "(part " not in pattern])
+@pytest.mark.parametrize(
+    "pattern", [pattern for pattern in PATTERNS if "part" not in re.findall(r"\w+", pattern)]
+)
 def test_view_is_the_inverse_of_apply(pattern: str) -> None:
     rearrange = Rearrange(pattern)
     leaf = _distinct(rearrange.maxtext_shape(SIZES))
