@@ -165,10 +165,10 @@ SPOKEN = [
     "qwen3_scanned",
     "qwen3moe_scanned",
     "llama31_scanned",
-    "mistral_scanned",
     "qwen2_scanned",
     "mixtral_scanned",
     "gemma3_scanned",
+    "gptoss_scanned",
 ]
 GOLDEN_LENGTHS = (5, 24, 40)
 
@@ -274,6 +274,57 @@ def test_bound_catches_mistakes(
     )
     said = spoken["moe_v2"]["logprobs"][: len(PROMPTS)]
     assert distance(said, reference_logprobs(twin("moe_v2"), mistake)) > limit
+
+
+def _swap_gate_and_up_of_qwen(model: Any) -> None:
+    experts = model.model.layers[1].mlp.experts
+    gate, up = experts.gate_up_proj.data.chunk(2, dim=1)
+    experts.gate_up_proj.data = torch.cat([up, gate], dim=1)
+
+
+def _swap_query_and_key_norms(model: Any) -> None:
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        query, key = attention.q_norm.weight.clone(), attention.k_norm.weight.clone()
+        attention.q_norm.weight.copy_(key)
+        attention.k_norm.weight.copy_(query)
+
+
+def _another_theta(model: Any) -> None:
+    """theta ** (-2i / d) with the square root of theta."""
+    rotary = model.model.rotary_emb
+    rotary.inv_freq = rotary.inv_freq**0.5
+
+
+def _pairs_as_halves(model: Any) -> None:
+    """Llama 3.1's query and key as MaxText stores them: rotary pairs next to each other."""
+    for layer in model.model.layers:
+        for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+            heads = projection.weight.view(-1, 2, layer.self_attn.head_dim // 2, projection.weight.shape[1])
+            projection.weight.copy_(heads.transpose(1, 2).reshape(projection.weight.shape).clone())
+
+
+@pytest.mark.parametrize(
+    ("name", "mistake"),
+    [
+        ("qwen3moe_scanned", _swap_gate_and_up_of_qwen),
+        ("qwen3moe_scanned", _swap_query_and_key_norms),
+        ("qwen3_scanned", _swap_query_and_key_norms),
+        ("qwen3_scanned", _shift_a_layer),
+        ("qwen3_scanned", _another_theta),
+        ("llama31_scanned", _pairs_as_halves),
+    ],
+)
+def test_bound_catches_mistakes_of_other_families(
+    spoken: dict[str, Any], twin: Callable[[str], Path], name: str, mistake: Callable[[Any], None]
+) -> None:
+    reference = reference_logprobs(twin(name))
+    limit = bound(
+        read_config(twin(name))["num_hidden_layers"], float(np.mean([np.std(row) for row in reference]))
+    )
+    said = spoken[name]["logprobs"][: len(PROMPTS)]
+    assert distance(said, reference) < limit
+    assert distance(said, reference_logprobs(twin(name), mistake)) > limit
 
 
 def test_unfolded_scale_is_lost_on_tpu_inference(spoken: dict[str, Any], twin: Callable[[str], Path]) -> None:
