@@ -111,6 +111,21 @@ def test_boxes_that_are_not_needed_are_not_read() -> None:
         np.testing.assert_array_equal(array, values[region])
 
 
+@pytest.mark.parametrize("passed_over", ["a", "b", "c", "abc"])
+def test_leaves_of_which_nothing_is_needed_are_passed_over(passed_over: str) -> None:
+    """A host of a slice whose devices hold no part of a leaf, wherever in the order that leaf is."""
+    import tensorstore as ts
+
+    values = np.arange(48, dtype=np.float32).reshape(8, 6)
+    leaves = [Leaf(name, (name,), (8, 6), values.dtype, (4, 6)) for name in "abc"]
+    # A leaf that is passed over is not even opened.
+    arrays = {leaf.key: ts.array(values) for leaf in leaves if leaf.key not in passed_over}
+    regions = read_regions(leaves, arrays, 4 * 96, "test", needed=lambda leaf, _: leaf.key not in passed_over)
+    assert [(decoded.leaf.key, decoded.last) for decoded in regions] == [
+        (name, last) for name in "abc" if name not in passed_over for last in (False, True)
+    ]
+
+
 def test_outer_axes_are_contiguous() -> None:
     import tensorstore as ts
 

@@ -167,7 +167,8 @@ def read_regions(
             than the budget is read alone.
         where: path, for messages.
         outer: by leaf key, axes that come first in memory. Every index along them is one run of memory.
-        needed: whether a region is wanted; those that are not are not read. None means all are.
+        needed: whether a region is wanted; those that are not are not read, and a leaf without any is passed over.
+            None means all are.
         on_wait: told the seconds spent waiting for each region.
 
     Raises:
@@ -176,12 +177,12 @@ def read_regions(
     """
     limit = max(1, budget // _REGIONS_IN_FLIGHT)
     queue = (
-        (leaf, region, last)
+        (leaf, region, number == len(cut))
         for leaf in leaves
         for cut in [
             [region for region in chunk_regions(leaf, limit) if needed is None or needed(leaf, region)]
         ]
-        for region, last in zip(cut, [False] * (len(cut) - 1) + [True], strict=True)
+        for number, region in enumerate(cut, start=1)
     )
     prefetcher = _Prefetcher(queue, arrays, _Ring(budget), outer or {})
     watch = StallDetector(where)
