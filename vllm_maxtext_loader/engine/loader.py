@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import itertools
 import os
 import resource
 import time
@@ -26,6 +27,7 @@ from vllm_maxtext_loader.checkpoint.statistics import count_nonfinite, sample
 from vllm_maxtext_loader.errors import EngineError, IncompleteLoadError
 from vllm_maxtext_loader.options import DIRECT_VARIABLE, Options
 from vllm_maxtext_loader.progress import byte_bar
+from vllm_maxtext_loader.tpu import dry_load
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -88,7 +90,9 @@ class MaxTextModelLoader(BaseModelLoader):
         filled: set[str] = set()
         shard_writer: ShardWriter | None = None
         values = NonFiniteWatch(checkpoint.plan.where)
-        progress = LoadProgress(checkpoint, enable_tqdm(self.load_config.use_tqdm_on_load))
+        dry = dry_load.current()
+        read = checkpoint.iter_regions if dry is None else dry_load.no_regions
+        progress = LoadProgress(checkpoint, enable_tqdm(self.load_config.use_tqdm_on_load) and dry is None)
 
         def on_wait(seconds: float) -> None:
             # What goes on while others write is not waited for.
@@ -100,16 +104,16 @@ class MaxTextModelLoader(BaseModelLoader):
 
                 # Several hosts: each reads the regions its own devices hold a part of, and must know first which these
                 # are. One host reads while that is being found out.
-                regions = None if placement.several_processes() else checkpoint.iter_regions(on_wait=on_wait)
+                regions = None if placement.several_processes() else read(on_wait=on_wait)
                 shard_writer = placement.ShardWriter(
                     model, checkpoint.plan, numpy_dtype(model_config.dtype), fold
                 )
                 given, filled = shard_writer.targets(), shard_writer.filled
                 if regions is None:
-                    regions = checkpoint.iter_regions(on_wait=on_wait, needed=shard_writer.is_local)
+                    regions = read(on_wait=on_wait, needed=shard_writer.is_local)
                 regions = shard_writer.stream(values.stream(watch(regions)), on_written=progress.on_written)
             else:
-                regions = values.stream(watch(checkpoint.iter_regions(on_wait=on_wait)))
+                regions = values.stream(watch(read(on_wait=on_wait)))
             weights = checkpoint.hf_weights(
                 fold_expert_scales=fold,
                 dtype=model_config.dtype,
@@ -117,12 +121,18 @@ class MaxTextModelLoader(BaseModelLoader):
                 regions=regions,
                 on_region=progress.on_region,
             )
+            if dry is not None:
+                weights = itertools.chain(weights, dry_load.zeros(checkpoint.plan, given, model_config.dtype))
             loaded = model.load_weights(_record_names(weights, given))  # type: ignore[operator]
         finally:
             progress.close()
         _check_complete(checkpoint, wanted, set(loaded or ()) | filled, given)
         if shard_writer is not None:
             shard_writer.replicate(wanted - filled)
+        if dry is not None:
+            dry.weights |= wanted
+            logger.info("%s: placed without values. This engine cannot answer.", checkpoint.plan.where)
+            return
         progress.report(time.perf_counter() - started)
         values.report()
 

@@ -18,6 +18,7 @@ from torchax.interop import torch_view
 from tpu_inference.layers.common.utils import general_device_put
 
 from vllm_maxtext_loader.api import to_numpy
+from vllm_maxtext_loader.tpu import dry_load
 
 
 def replicate(model: nn.Module, names: Iterable[str], mesh: Any) -> None:
@@ -29,6 +30,8 @@ def replicate(model: nn.Module, names: Iterable[str], mesh: Any) -> None:
             that tpu-inference places in a way of their own (a second embedding) are left to it.
         mesh: the devices.
     """
+    # A dry load copies nothing.
+    place = general_device_put if dry_load.current() is None else dry_load.place_untouched
     # Sorted: where there are several processes, JAX compares what they give, and they must give it in the same order.
     for name in sorted(names):
         prefix, _, last = name.rpartition(".")
@@ -41,6 +44,6 @@ def replicate(model: nn.Module, names: Iterable[str], mesh: Any) -> None:
             continue
         # It says jax.Array; whatever JAX takes will do.
         values: Any = to_numpy(tensor.detach().contiguous())
-        placed = torch_view(general_device_put(values, NamedSharding(mesh, PartitionSpec())))
+        placed = torch_view(place(values, NamedSharding(mesh, PartitionSpec())))
         is_parameter = isinstance(tensor, Parameter)
         setattr(module, last, Parameter(placed, requires_grad=False) if is_parameter else placed)

@@ -91,7 +91,7 @@ class _Finder:
                     self._linear(index, module, packed, own)
         outside = leaves.get(NON_LAYER, {})
         head = next((module for module in model.modules() if isinstance(module, ParallelLMHead)), None)
-        self._embedding(_embedding_of(decoder), head, outside)
+        self._embedding(decoder, head, outside)
 
     def _add(self, layer: int, weight: PendingArray) -> None:
         for leaf in weight.missing_leaves:
@@ -199,13 +199,16 @@ class _Finder:
                 ),
             )
 
-    def _embedding(self, embed: Any, head: Any, outside: dict[str, LayerLeaf]) -> None:
-        """The embedding and the output head; a tied head shares the embedding's array instead of holding a copy."""
+    def _embedding(self, decoder: Any, head: Any, outside: dict[str, LayerLeaf]) -> None:
+        """The embeddings and the output head; a tied head shares the embedding's array instead of holding a copy."""
+        embed = _embedding_of(decoder)
         by_tensor = {leaf.converter.hf: name for name, leaf in outside.items()}
         tied = head is not None and getattr(head, "weight", None) is getattr(embed, "weight", None)
         self._table([embed, head] if tied else [embed], by_tensor.get("embed_tokens.weight"), outside)
         if head is not None and not tied:
             self._table([head], by_tensor.get("lm_head.weight"), outside)
+        if (per_layer := getattr(decoder, "embed_tokens_per_layer", None)) is not None:
+            self._table([per_layer], by_tensor.get("embed_tokens_per_layer.weight"), outside)
 
     def _table(self, modules: list[Any], name: str | None, outside: dict[str, LayerLeaf]) -> None:
         """A matrix with a row per token, that of the first module; the others share it."""
