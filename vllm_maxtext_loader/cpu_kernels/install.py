@@ -68,6 +68,8 @@ UNAVAILABLE: tuple[tuple[str, str, str], ...] = (
 """tpu-inference's module and function without a reference kernel, and what it is for."""
 
 _replaced = False
+_undo: list[tuple[Any, str, Any]] = []
+"""What was put in place, the name it was put under, and what it took the place of."""
 
 
 def install(module: ModuleType) -> None:
@@ -154,11 +156,36 @@ def check_device_count(vllm_config: Any) -> None:
 def replace(module: str, name: str, new: Any) -> None:
     """Sets module.name, and every copy that a `from module import name` made before."""
     old = getattr(importlib.import_module(module), name)
-    for other in list(sys.modules.values()):
-        if getattr(other, "__name__", "").partition(".")[0] == "tpu_inference":
-            for attribute, value in list(vars(other).items()):
-                if value is old:
-                    setattr(other, attribute, new)
+    _undo.append((new, name, old))
+    _exchange(lambda _, value: new if value is old else value)
+
+
+def _exchange(choose: Callable[[str, Any], Any]) -> None:
+    """Sets every global of tpu-inference's modules to what `choose` says of its name and value."""
+    for module in list(sys.modules.values()):
+        if getattr(module, "__name__", "").partition(".")[0] == "tpu_inference":
+            for name, value in list(vars(module).items()):
+                if (chosen := choose(name, value)) is not value:
+                    setattr(module, name, chosen)
+
+
+@contextlib.contextmanager
+def tpu_kernels() -> Iterator[None]:
+    """Takes the reference kernels back for a while: what is traced inside is what a TPU would run."""
+
+    def original(name: str, value: Any) -> Any:
+        # One replacement may stand for two functions (no compiler options): the name tells which.
+        found = {known: old for new, known, old in _undo if new is value}
+        return found.get(name, next(iter(found.values()), value)) if found else value
+
+    def replacement(name: str, value: Any) -> Any:
+        return next((new for new, _, old in _undo if old is value), value)
+
+    _exchange(original)
+    try:
+        yield
+    finally:
+        _exchange(replacement)
 
 
 def allow_hd64_sharing(original: Callable[..., Any]) -> Callable[..., Any]:
