@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from support import tpu_compile
 from support.checkpoints import FIXTURES, Tree, cases, read_orbax, write_orbax
 from vllm_maxtext_loader import cpu_kernels
 
@@ -39,6 +40,14 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if reporter is not None and reporter.stats.get("skipped") and session.config.getoption("--no-skips"):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Prints the table of docs/compatibility.md, where programs were compiled for TPUs."""
+    if tpu_compile.ROWS:
+        terminalreporter.section("compiled for TPUs")
+        for line in tpu_compile.table():
+            terminalreporter.write_line(line)
 
 
 def _load(name: str) -> Any:

@@ -15,6 +15,7 @@ from typing import Annotated
 
 import typer
 
+from vllm_maxtext_loader.cli.fit import fit
 from vllm_maxtext_loader.cli.runtime import (
     DIFFERENT,
     console,
@@ -341,6 +342,9 @@ def checksum(
             with progress(opened.plan.nbytes, "Reading") as on_region:
                 sums = checksums.compute(opened, on_region)
             stream.write(checksums.dumps(sums, str(opened.location.items)))
+
+
+_command(fit)
 
 
 def main() -> None:

@@ -117,8 +117,8 @@ def console() -> Console:
     return Piped(highlight=False, emoji=False, markup=False, width=None if terminal else _PIPED_WIDTH)
 
 
-def print_json(content: dict[str, Any]) -> None:
-    """One object on stdout; a NaN, which is no JSON, is refused."""
+def print_json(content: dict[str, Any] | list[Any]) -> None:
+    """One object, or one list, on stdout; a NaN, which is no JSON, is refused."""
     sys.stdout.write(json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 

@@ -1,0 +1,144 @@
+"""Engines compiled for TPUs that are not there: the cases, and one process for each."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support import metadata_only
+
+WORKER = Path(__file__).with_name("tpu_worker.py")
+SMALL = {"max_model_len": 4096, "max_num_seqs": 8, "max_num_batched_tokens": 256}
+"""Arguments of an engine whose programs are compiled in seconds; kernels, weights and shardings are the same."""
+
+IMAGES = {
+    "limit_mm_per_prompt": {"image": 1, "video": 0, "audio": 0},
+    "mm_processor_kwargs": {"max_soft_tokens": 70},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """An engine, and what it is compiled for.
+
+    Attributes:
+        model: MaxText's name of the published model whose layers it has.
+        layers: its first layers only; None means all.
+        topologies: libtpu's names.
+        tensor_parallel, expert_parallel: as the engine's options.
+        vision: with the vision tower.
+    """
+
+    model: str
+    layers: int | None
+    topologies: tuple[str, ...]
+    tensor_parallel: int
+    expert_parallel: bool = False
+    vision: bool = False
+
+    def arguments(self) -> dict[str, Any]:
+        """The engine's arguments."""
+        return {
+            **SMALL,
+            **(IMAGES if self.vision else {}),
+            "tensor_parallel_size": self.tensor_parallel,
+            "enable_expert_parallel": self.expert_parallel,
+            "model_loader_extra_config": {"model_name": self.model},
+        }
+
+    def write(self, run: Path) -> Path:
+        """Its checkpoint: metadata of the published shapes, and no array data."""
+        dims = metadata_only.published(self.model, layers=self.layers, vision=self.vision)
+        return metadata_only.write(run, metadata_only.leaves(dims))
+
+
+CASES: dict[str, Case] = {
+    "26b TP 8": Case("gemma4-26b", 6, ("v5e:2x4", "v6e:2x4", "tpu7x:2x2x1"), 8),
+    "26b TP 4": Case("gemma4-26b", 6, ("v5e:2x2", "v6e:2x2", "tpu7x:2x2x1"), 4),
+    "26b TP 1": Case("gemma4-26b", 6, ("v6e:1x1", "tpu7x:2x2x1"), 1),
+    "26b EP 8": Case("gemma4-26b", 6, ("v5e:2x4", "v6e:2x4", "tpu7x:2x2x1"), 8, expert_parallel=True),
+    "26b TP 16, 4 hosts": Case("gemma4-26b", 6, ("v6e:4x4",), 16),
+    "26b with images": Case("gemma4-26b", 6, ("v5e:2x2", "v6e:2x2", "tpu7x:2x2x1"), 4, vision=True),
+    "26b, all layers": Case("gemma4-26b", None, ("v6e:2x4",), 8),
+    "31b TP 8": Case("gemma4-31b", 6, ("v5e:2x4", "v6e:2x4", "tpu7x:2x2x1"), 8),
+    "31b TP 4": Case("gemma4-31b", 6, ("v5e:2x2", "v6e:2x2", "tpu7x:2x2x1"), 4),
+    "31b TP 1": Case("gemma4-31b", 6, ("v6e:1x1", "tpu7x:2x2x1"), 1),
+    "e2b, all layers": Case("gemma4-e2b", None, ("v5e:1x1", "v6e:1x1", "tpu7x:2x2x1"), 1),
+    "e4b, all layers": Case("gemma4-e4b", None, ("v5e:2x2", "v6e:2x2"), 4),
+}
+
+QUICK = ("26b TP 8", "e2b, all layers")
+"""What CI compiles; everything else is compiled by `pytest -m tpu_compile`."""
+
+ROWS: list[tuple[str, ...]] = []
+"""Rows of the table in docs/compatibility.md; printed at the end of a run."""
+
+COLUMNS = ("engine", "topology", "device", "seconds", "arguments MiB", "temporary MiB", "code MiB")
+
+
+def run(
+    model: Path | str,
+    directory: Path,
+    *,
+    topologies: tuple[str, ...] = (),
+    arguments: dict[str, Any],
+    hbm_bytes: int = 16 << 30,
+    **job: Any,
+) -> dict[str, Any]:
+    """Starts an engine in a process of its own and compiles its programs. See tpu_worker.py for the answer."""
+    directory.mkdir(parents=True, exist_ok=True)
+    content = {
+        "model": str(model),
+        "hbm_bytes": hbm_bytes,
+        "arguments": arguments,
+        "topologies": topologies,
+        **job,
+    }
+    (directory / "job.json").write_text(json.dumps(content))
+    answer = directory / "answer.json"
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={arguments.get('tensor_parallel_size', 1)}",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    environment.pop("MODEL_IMPL_TYPE", None)
+    with (directory / "log.txt").open("w") as log:
+        subprocess.run(
+            [sys.executable, str(WORKER), str(directory / "job.json"), str(answer)],
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+    if not answer.exists():
+        pytest.fail(f"the engine's process died: {(directory / 'log.txt').read_text()[-3000:]}")
+    return json.loads(answer.read_text())
+
+
+def note(name: str, answer: dict[str, Any]) -> None:
+    """Keeps a row of the table for each topology."""
+    for topology, found in answer["topologies"].items():
+        if "error" in found:
+            ROWS.append((name, topology, "", "", found["error"][:120], "", ""))
+            continue
+        step = found["programs"][0]
+        mib = [f"{step[key] / 2**20:.1f}" for key in ("temporary_bytes", "code_bytes")]
+        arguments = (step["argument_bytes"] - step["kv_cache_bytes"]) / 2**20
+        ROWS.append(
+            (name, topology, found["device_kind"], f"{step['seconds']:.0f}", f"{arguments:.0f}", *mib)
+        )
+
+
+def table() -> list[str]:
+    """The rows as Markdown."""
+    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    return [*lines, *(f"| {' | '.join(row)} |" for row in ROWS)]

@@ -1,0 +1,146 @@
+"""The TPU's own compiler judges what we load: for every case, names, shapes, layouts, and that every weight is read.
+
+    pytest -m tpu_compile                       all cases; prints the table of docs/compatibility.md
+    pytest -m tpu_compile -k "quick"            what CI runs
+
+No TPU is needed: libtpu compiles for a topology (`vllm_maxtext_loader.tpu.compile`). Checkpoints are metadata only.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support import tpu_compile
+from support.tpu_compile import CASES, QUICK, SMALL
+
+pytestmark = [pytest.mark.engine, pytest.mark.tpu_compile]
+
+NEVER_READ = {
+    "router.per_expert_scale": "folded into down_proj while loading; tpu-inference 0.32 never applies it "
+    "(vllm-project/tpu-inference issue 2332)",
+}
+"""Ends of names of weights that no program reads, each with the reason why that is right."""
+
+RELAID = (
+    "gate_up_proj.weight",
+    "down_proj.weight",
+    "down_proj.linear.weight",
+    "o_proj.weight",
+    "qkv_proj.weight",
+)
+"""Weights whose columns per device need not be a multiple of 128: for those XLA prefers the other order of axes."""
+
+Compile = Callable[[str], dict[str, Any]]
+
+
+def _named(name: str) -> Any:
+    return pytest.param(name, id=f"{name}{' quick' if name in QUICK else ''}")
+
+
+cases = pytest.mark.parametrize("name", [_named(name) for name in CASES])
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compile:
+    """What the compiler says of a case; each is compiled once."""
+    root = tmp_path_factory.mktemp("compiled")
+
+    @functools.cache
+    def run(name: str) -> dict[str, Any]:
+        case = CASES[name]
+        directory = root / name
+        answer = tpu_compile.run(
+            case.write(directory / "run"), directory, topologies=case.topologies, arguments=case.arguments()
+        )
+        tpu_compile.note(name, answer)
+        return answer
+
+    return run
+
+
+@cases
+def test_compiles(compiled: Compile, name: str) -> None:
+    """Every program of every topology, within the memory that is said to suffice on a small machine."""
+    answer = compiled(name)
+    for topology, found in answer["topologies"].items():
+        assert "error" not in found, (topology, found["error"])
+        kinds = [program["name"] for program in found["programs"]]
+        assert kinds == ["step", "logits", *(["vision encoder"] if CASES[name].vision else [])]
+    assert answer["peak_bytes"] < 9 << 30
+
+
+@cases
+def test_every_weight_is_read(compiled: Compile, name: str) -> None:
+    for topology, found in compiled(name)["topologies"].items():
+        ignored = unread_weights(compiled(name), topology)
+        assert ignored == [], (topology, ignored)
+        assert found["programs"][0]["layouts"]
+
+
+@cases
+def test_arguments_are_what_is_placed(compiled: Compile, name: str) -> None:
+    """XLA's bytes of the step's weights are those of the arrays: the device pads nothing that we do not see."""
+    answer = compiled(name)
+    for topology, found in answer["topologies"].items():
+        step, *rest = found["programs"]
+        weights = step["argument_bytes"] - step["kv_cache_bytes"]
+        others = {key for program in rest for key in program["layouts"]} - set(step["layouts"])
+        if not CASES[name].vision:
+            assert weights == pytest.approx(answer["bytes_per_device"], rel=0.01), topology
+            assert {key.rpartition("model.")[2] for key in others} <= {"lm_head.weight"}
+
+
+@cases
+def test_layouts_that_are_not_row_major_are_known(compiled: Compile, name: str) -> None:
+    """What the runtime must transpose when it is placed: two-dimensional linear layers, and no experts or embeddings."""
+    for topology, found in compiled(name)["topologies"].items():
+        assert [key for key in found["relaid"] if not key.endswith(RELAID)] == [], topology
+
+
+def unread_weights(answer: dict[str, Any], topology: str) -> list[str]:
+    """Weights that came from the checkpoint and that no program reads, without the exceptions."""
+    unread = set(answer["topologies"][topology]["unread"])
+    return sorted(name for name in unread & set(answer["weights"]) if not name.endswith(tuple(NEVER_READ)))
+
+
+def test_exceptions_are_needed(compiled: Compile) -> None:
+    """quick: the table above has no row that has become untrue."""
+    answer = compiled("26b TP 8")
+    (unread, *_) = (set(found["unread"]) for found in answer["topologies"].values())
+    for suffix in NEVER_READ:
+        assert any(name.endswith(suffix) for name in unread & set(answer["weights"])), suffix
+
+
+def test_ignored_weight_is_caught_quick(tmp_path: Path) -> None:
+    """An engine that computes without layer_scalar, whatever it loads into it."""
+    case = CASES["26b TP 8"]
+    answer = tpu_compile.run(
+        case.write(tmp_path / "run"),
+        tmp_path,
+        topologies=("v6e:2x4",),
+        arguments=case.arguments(),
+        ignore="layer_scalar",
+    )
+    ignored = unread_weights(answer, "v6e:2x4")
+    assert ignored == sorted(f"vllm_model.model.layers.{layer}.layer_scalar" for layer in range(6))
+
+
+def test_what_tpu_inference_refuses_is_one_named_error_quick(tmp_path: Path) -> None:
+    case = CASES["e2b, all layers"]
+    answer = tpu_compile.run(
+        case.write(tmp_path / "run"),
+        tmp_path,
+        topologies=("v4:2x2x1", "v9:1x1"),
+        arguments={**case.arguments(), **SMALL},
+    )
+    old, unknown = (answer["topologies"][name]["error"] for name in ("v4:2x2x1", "v9:1x1"))
+    assert old.startswith("EngineError: v4:2x2x1: the step program")
+    assert "Unsupported tpu_version=4" in old
+    assert unknown.startswith("EngineError: v9:1x1: libtpu knows no such topology")
+    assert math.isfinite(answer["kv_tokens"])
