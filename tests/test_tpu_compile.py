@@ -17,7 +17,10 @@ from typing import Any
 import pytest
 
 from support import tpu_compile
-from support.tpu_compile import CASES, QUICK, SMALL
+from support.tpu_compile import CASES, HBM, QUICK, SMALL
+from vllm_maxtext_loader import open_checkpoint
+from vllm_maxtext_loader.tools.fit import DEFAULT_UTILIZATION
+from vllm_maxtext_loader.tools.tpu_memory import device_arrays, kv_cache, rotary_bytes
 
 pytestmark = [pytest.mark.engine, pytest.mark.tpu_compile]
 
@@ -59,7 +62,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compile:
             case.write(directory / "run"), directory, topologies=case.topologies, arguments=case.arguments()
         )
         tpu_compile.note(name, answer)
-        return answer
+        return {**answer, "checkpoint": str(directory / "run")}
 
     return run
 
@@ -94,6 +97,33 @@ def test_arguments_are_what_is_placed(compiled: Compile, name: str) -> None:
         if not CASES[name].vision:
             assert weights == pytest.approx(answer["bytes_per_device"], rel=0.01), topology
             assert {key.rpartition("model.")[2] for key in others} <= {"lm_head.weight"}
+
+
+@cases
+def test_arithmetic_of_fit_is_right(compiled: Compile, name: str) -> None:
+    """Weights within 1 % of XLA's bytes, and the tokens of KV cache that vLLM plans in as much memory."""
+    case, answer = CASES[name], compiled(name)
+    checkpoint = open_checkpoint(answer["checkpoint"], model_name=case.model)
+    config, devices = checkpoint.hf_config(), case.tensor_parallel
+    arrays = device_arrays(
+        {key: target.shape for key, target in checkpoint.plan.targets.items()},
+        config,
+        devices,
+        expert_parallel=case.expert_parallel,
+    )
+    weights = sum(array.nbytes for array in arrays) + rotary_bytes(config)
+    assert weights == pytest.approx(answer["bytes_per_device"], rel=0.01)
+    for topology, found in answer["topologies"].items():
+        step = found["programs"][0]
+        read = step["argument_bytes"] - step["kv_cache_bytes"]
+        # The vision tower is not read by the step.
+        tower = sum(array.nbytes for array in arrays if "vision" in array.name)
+        assert weights - tower == pytest.approx(read, rel=0.01), topology
+    cache = kv_cache(
+        config, devices, max_model_len=SMALL["max_model_len"], max_num_seqs=SMALL["max_num_seqs"]
+    )
+    left = int(devices * HBM * DEFAULT_UTILIZATION - devices * answer["bytes_per_device"])
+    assert cache.tokens(left) == answer["kv_tokens"]
 
 
 @cases

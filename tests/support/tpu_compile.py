@@ -18,6 +18,9 @@ WORKER = Path(__file__).with_name("tpu_worker.py")
 SMALL = {"max_model_len": 4096, "max_num_seqs": 8, "max_num_batched_tokens": 256}
 """Arguments of an engine whose programs are compiled in seconds; kernels, weights and shardings are the same."""
 
+HBM = 34_400_000_000
+"""Memory that an engine is told of each device, where a test does not say."""
+
 IMAGES = {
     "limit_mm_per_prompt": {"image": 1, "video": 0, "audio": 0},
     "mm_processor_kwargs": {"max_soft_tokens": 70},
@@ -89,7 +92,7 @@ def run(
     *,
     topologies: tuple[str, ...] = (),
     arguments: dict[str, Any],
-    hbm_bytes: int = 16 << 30,
+    hbm_bytes: int = HBM,
     **job: Any,
 ) -> dict[str, Any]:
     """Starts an engine in a process of its own and compiles its programs. See tpu_worker.py for the answer."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+from unittest.mock import patch
 
 import typer
 
@@ -124,7 +127,8 @@ def fit(
             kv_cache_dtype=kv_cache_dtype,
         )
         opened = open_checkpoint(checkpoint, step=step, model_name=model_name)
-        fitter = Fitter(opened, checkpoint, request)
+        with _without_torch():
+            fitter = Fitter(opened, checkpoint, request)
         rows = [fitter.row(name) for name in topology or slices.COMMON]
         if compile_programs:
             rows = _compiled(fitter, opened, rows)
@@ -135,6 +139,14 @@ def fit(
         # Where no length was asked for, a shorter one is as good.
         if not any(row.fits or (max_model_len is None and row.max_model_len) for row in rows):
             raise typer.Exit(DIFFERENT)
+
+
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+    """Spares a configuration the import of torch and torchvision, which takes seconds and which it does not need."""
+    hidden: Any = dict.fromkeys(("torch", "torchvision"))
+    with patch.dict(sys.modules, {} if "torch" in sys.modules else hidden):
+        yield
 
 
 def _compiled(fitter: Fitter, opened: Checkpoint, rows: list[Row]) -> list[Row]:

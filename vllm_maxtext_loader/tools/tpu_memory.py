@@ -232,6 +232,11 @@ def kv_cache(
         EngineError: its heads cannot be spread over so many devices.
     """
     text = config.get_text_config()
+    if text.num_attention_heads % devices:
+        # vLLM 0.32.0 config/model.py, verify_with_parallel_config.
+        raise EngineError(
+            f"{text.num_attention_heads} attention heads cannot be spread over {devices} devices"
+        )
     packing = 4 // itemsize
     total = 0
     for index in range(text.num_hidden_layers - (getattr(text, "num_kv_shared_layers", 0) or 0)):
