@@ -9,7 +9,10 @@ No TPU is needed: libtpu compiles for a topology (`vllm_maxtext_loader.tpu.compi
 from __future__ import annotations
 
 import functools
+import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from typing import Any
 import pytest
 
 from support import tpu_compile
-from support.tpu_compile import CASES, HBM, QUICK, SMALL
+from support.tpu_compile import CASES, QUICK, SMALL
 from vllm_maxtext_loader import open_checkpoint
 from vllm_maxtext_loader.tools.fit import DEFAULT_UTILIZATION
 from vllm_maxtext_loader.tools.tpu_memory import device_arrays, kv_cache, rotary_bytes
@@ -59,7 +62,11 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compile:
         case = CASES[name]
         directory = root / name
         answer = tpu_compile.run(
-            case.write(directory / "run"), directory, topologies=case.topologies, arguments=case.arguments()
+            case.write(directory / "run"),
+            directory,
+            topologies=case.topologies,
+            arguments=case.arguments(),
+            hbm_bytes=case.hbm_bytes,
         )
         tpu_compile.note(name, answer)
         return {**answer, "checkpoint": str(directory / "run")}
@@ -122,7 +129,7 @@ def test_arithmetic_of_fit_is_right(compiled: Compile, name: str) -> None:
     cache = kv_cache(
         config, devices, max_model_len=SMALL["max_model_len"], max_num_seqs=SMALL["max_num_seqs"]
     )
-    left = int(devices * HBM * DEFAULT_UTILIZATION - devices * answer["bytes_per_device"])
+    left = int(devices * case.hbm_bytes * DEFAULT_UTILIZATION - devices * answer["bytes_per_device"])
     assert cache.tokens(left) == answer["kv_tokens"]
 
 
@@ -174,3 +181,21 @@ def test_what_tpu_inference_refuses_is_one_named_error_quick(tmp_path: Path) -> 
     assert "Unsupported tpu_version=4" in old
     assert unknown.startswith("EngineError: v9:1x1: libtpu knows no such topology")
     assert math.isfinite(answer["kv_tokens"])
+
+
+def test_fit_with_the_compiler(tmp_path: Path) -> None:
+    """The command at its defaults: the shapes that `vllm serve` compiles at start, with the KV cache it would make."""
+    run = CASES["e2b, all layers"].write(tmp_path / "run")
+    command = [sys.executable, "-c", "from vllm_maxtext_loader.cli.app import main; main()", "fit", str(run)]
+    arguments = [*command, "--topology", "v6e-1", "--json"]
+    (by_arithmetic, compiled) = (
+        json.loads(subprocess.run(line, capture_output=True, text=True, check=True).stdout)[0]
+        for line in (arguments, [*arguments, "--compile"])
+    )
+    assert compiled["fits"]
+    assert 0 < compiled["program_bytes"] < 0.08 * compiled["hbm_bytes"]
+    assert compiled["weight_bytes"] == pytest.approx(by_arithmetic["weight_bytes"], rel=0.01)
+    # The arrays' bytes and the compiler's differ by less than a block of the cache per device.
+    assert compiled["kv_tokens"] == pytest.approx(by_arithmetic["kv_tokens"], abs=1024)
+    same = by_arithmetic.keys() - {"program_bytes", "weight_bytes", "kv_tokens"}
+    assert {key: compiled[key] for key in same} == {key: by_arithmetic[key] for key in same}
