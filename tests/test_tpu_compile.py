@@ -134,6 +134,16 @@ def test_arithmetic_of_fit_is_right(compiled: Compile, name: str) -> None:
 
 
 @cases
+def test_loading_takes_a_region_and_little_else(compiled: Compile, name: str) -> None:
+    """The copy of a region into its shard happens in place, and computes with the region's values in float32 at most."""
+    for topology, found in compiled(name)["topologies"].items():
+        assert found["updates"]
+        for update in found["updates"].values():
+            assert update["aliased_bytes"] >= update["shard_bytes"], topology
+            assert update["temporary_bytes"] <= 2 * update["block_bytes"], topology
+
+
+@cases
 def test_layouts_that_are_not_row_major_are_known(compiled: Compile, name: str) -> None:
     """What the runtime must transpose when it is placed: two-dimensional linear layers, and no experts or embeddings."""
     for topology, found in compiled(name)["topologies"].items():

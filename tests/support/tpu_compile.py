@@ -117,6 +117,8 @@ def run(
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={arguments.get('tensor_parallel_size', 1)}",
         "TPU_SKIP_MDS_QUERY": "1",
         "HF_HUB_OFFLINE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
     }
     environment.pop("MODEL_IMPL_TYPE", None)
     with (directory / "log.txt").open("w") as log:

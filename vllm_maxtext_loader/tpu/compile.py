@@ -21,11 +21,12 @@ from unittest.mock import patch
 import jax
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from vllm_maxtext_loader import versions
 from vllm_maxtext_loader.cpu_kernels.install import tpu_kernels
 from vllm_maxtext_loader.errors import EngineError
+from vllm_maxtext_loader.tpu.shards import update
 
 if TYPE_CHECKING:
     from vllm_maxtext_loader.tpu.dry_load import DryEngine
@@ -152,6 +153,46 @@ def compile_for(engine: DryEngine, topology: str) -> Compiled:
     jax.clear_caches()
     read = {parameter for program in programs for parameter in program.layouts}
     return Compiled(topology, devices[0].device_kind, tuple(programs), frozenset(set(engine.state) - read))
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """How a device takes a region into one of its shards: the one program that loading compiles. All bytes are of one device.
+
+    Attributes:
+        temporary_bytes: beside the shard and the region.
+        aliased_bytes: of the shard's memory, what the program writes in place.
+    """
+
+    temporary_bytes: int
+    aliased_bytes: int
+
+
+def compile_update(
+    topology: str, shard: tuple[int, ...], block: tuple[int, ...], dtype: np.dtype, *, scaled: bool
+) -> Update:
+    """Compiles the copy of a block into a shard (`shards.update`).
+
+    Args:
+        topology: libtpu's name.
+        shard, block: shapes.
+        dtype: of both.
+        scaled: whether expert scales ([block's first axis]) are multiplied in.
+
+    Raises:
+        EngineError: libtpu does not know the topology.
+    """
+    sharding = SingleDeviceSharding(topology_devices(topology)[0])
+
+    def abstract(shape: tuple[int, ...], kind: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, kind, sharding=sharding)
+
+    offsets = tuple(abstract((), np.int32) for _ in shard)
+    scales = abstract(block[:1], np.float32) if scaled else None
+    with _setting("jax_enable_compilation_cache", False):
+        compiled = update.lower(abstract(shard, dtype), abstract(block, dtype), offsets, scales).compile()
+    memory: Any = compiled.memory_analysis()
+    return Update(memory.temp_size_in_bytes, memory.alias_size_in_bytes)
 
 
 def topology_devices(topology: str) -> list[Any]:
