@@ -226,3 +226,13 @@ def test_a_checkpoint_that_maxtext_wrote() -> None:
     done = command(str(case.items), "--model-name", "gemma4-26b", "--topology", "v6e-1", "--json")
     assert done.returncode == 0, done.stderr
     assert command(str(case.items), "--topology", "v6e-1").returncode == 2
+
+
+def test_head_dimension_without_a_kernel() -> None:
+    case = cases()["e2b"]
+    found = Fitter(open_checkpoint(case.items, model_name="gemma4-e2b"), "CKPT", Request()).row("v6e-1")
+    assert not found.fits
+    assert found.reason.startswith(
+        "tpu-inference has no attention kernel for layers that share keys and values"
+    )
+    assert found.line is None

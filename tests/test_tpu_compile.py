@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from typing import Any
 import pytest
 
 from support import tpu_compile
+from support.checkpoints import cases as cases_of_maxtext
 from support.tpu_compile import CASES, QUICK, SMALL
 from vllm_maxtext_loader import open_checkpoint
 from vllm_maxtext_loader.tools.fit import DEFAULT_UTILIZATION
@@ -190,7 +190,17 @@ def test_what_tpu_inference_refuses_is_one_named_error_quick(tmp_path: Path) -> 
     assert old.startswith("EngineError: v4:2x2x1: the step program")
     assert "Unsupported tpu_version=4" in old
     assert unknown.startswith("EngineError: v9:1x1: libtpu knows no such topology")
-    assert math.isfinite(answer["kv_tokens"])
+
+
+def test_head_dimension_without_a_kernel_quick(tmp_path: Path) -> None:
+    """`fit` says so before a load (test_fit.py)."""
+    answer = tpu_compile.run(
+        cases_of_maxtext()["e2b"].items,
+        tmp_path,
+        topologies=("v6e:1x1",),
+        arguments={**SMALL, "max_model_len": 128, "model_loader_extra_config": {"model_name": "gemma4-e2b"}},
+    )
+    assert "not supported on the head_dim==64" in answer["topologies"]["v6e:1x1"]["error"]
 
 
 def test_fit_with_the_compiler(tmp_path: Path) -> None:

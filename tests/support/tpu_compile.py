@@ -116,6 +116,8 @@ def run(
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={arguments.get('tensor_parallel_size', 1)}",
         "TPU_SKIP_MDS_QUERY": "1",
+        # libtpu guards a TPU against two processes; here there is none.
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "HF_HUB_OFFLINE": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_KVCACHE_SPACE": "1",

@@ -239,7 +239,13 @@ def kv_cache(
         )
     packing = 4 // itemsize
     total = 0
-    for index in range(text.num_hidden_layers - (getattr(text, "num_kv_shared_layers", 0) or 0)):
+    own = text.num_hidden_layers - (getattr(text, "num_kv_shared_layers", 0) or 0)
+    if any(_head_dim(text, index) == 64 for index in range(own, text.num_hidden_layers)):
+        # tpu-inference 0.32.0 layers/common/attention_interface.py.
+        raise EngineError(
+            "tpu-inference has no attention kernel for layers that share keys and values with head_dim 64"
+        )
+    for index in range(own):
         head_dim = _head_dim(text, index)
         heads = padded_kv_heads(_kv_heads(text, index), devices) // devices
         # A head dimension of 64 holds keys and values in one row of 128.

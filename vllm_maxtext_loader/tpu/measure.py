@@ -48,6 +48,8 @@ def measure(
         "VLLM_LOGGING_LEVEL": "ERROR",
         "HF_HUB_OFFLINE": "1",
         "TPU_SKIP_MDS_QUERY": "1",
+        # libtpu guards a TPU against two processes; here there is none.
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }
     environment.pop("MODEL_IMPL_TYPE", None)
     with tempfile.TemporaryFile("w+") as log:
