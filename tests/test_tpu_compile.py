@@ -22,7 +22,8 @@ from support import tpu_compile
 from support.checkpoints import cases as cases_of_maxtext
 from support.tpu_compile import CASES, QUICK, SMALL
 from vllm_maxtext_loader import open_checkpoint
-from vllm_maxtext_loader.tools.fit import DEFAULT_UTILIZATION
+from vllm_maxtext_loader.tools import slices
+from vllm_maxtext_loader.tools.fit import DEFAULT_SEQUENCES, DEFAULT_UTILIZATION, Fitter, Request
 from vllm_maxtext_loader.tools.tpu_memory import device_arrays, kv_cache, rotary_bytes
 
 pytestmark = [pytest.mark.engine, pytest.mark.tpu_compile]
@@ -201,6 +202,39 @@ def test_head_dimension_without_a_kernel_quick(tmp_path: Path) -> None:
         arguments={**SMALL, "max_model_len": 128, "model_loader_extra_config": {"model_name": "gemma4-e2b"}},
     )
     assert "not supported on the head_dim==64" in answer["topologies"]["v6e:1x1"]["error"]
+
+
+def test_defaults_of_fit_are_those_of_vllm_serve_quick() -> None:
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    assert EngineArgs.gpu_memory_utilization == DEFAULT_UTILIZATION
+    assert EngineArgs.get_batch_defaults(1)[1][UsageContext.OPENAI_API_SERVER] == DEFAULT_SEQUENCES
+
+
+@pytest.mark.parametrize(
+    ("name", "topology", "request_"),
+    [
+        ("26b, all layers", "v6e-8", Request()),
+        ("26b, all layers", "v6e-8", Request(max_model_len=10_000, max_num_seqs=64, kv_cache_dtype="fp8")),
+        ("e2b, all layers", "v6e-1", Request(max_model_len=1000, gpu_memory_utilization=0.7)),
+        ("e2b, all layers", "tpu7x-4", Request(tensor_parallel_size=2, max_num_seqs=16)),
+    ],
+)
+def test_kv_tokens_are_the_engines(name: str, topology: str, request_: Request, tmp_path: Path) -> None:
+    """At lengths and numbers of requests that make blocks of other sizes; the engine is told the same memory."""
+    run = CASES[name].write(tmp_path / "run")
+    fitter = Fitter(open_checkpoint(run), str(run), request_)
+    row, chosen = fitter.row(topology), slices.parse(topology)
+    per_chip = min(chosen.devices_per_chip, row.tensor_parallel_size)
+    answer = tpu_compile.run(
+        run,
+        tmp_path / "engine",
+        arguments=fitter.engine_arguments(row),
+        hbm_bytes=chosen.hbm_bytes // chosen.devices_per_chip,
+        used_bytes=row.weight_bytes // per_chip,
+    )
+    assert answer["kv_tokens"] == row.kv_tokens
 
 
 def test_fit_with_the_compiler(tmp_path: Path) -> None:

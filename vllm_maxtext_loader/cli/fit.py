@@ -12,6 +12,7 @@ import typer
 
 from vllm_maxtext_loader.cli.runtime import DIFFERENT, console, exit_codes, print_json
 from vllm_maxtext_loader.errors import printable
+from vllm_maxtext_loader.tools.fit import DEFAULT_UTILIZATION
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,7 +57,7 @@ def fit(
     gpu_memory_utilization: Annotated[
         float,
         typer.Option("--gpu-memory-utilization", help="Share of the memory for weights and KV cache."),
-    ] = 0.92,
+    ] = DEFAULT_UTILIZATION,
     kv_cache_dtype: Annotated[
         str, typer.Option("--kv-cache-dtype", metavar="DTYPE", help="auto, bfloat16 or fp8.")
     ] = "auto",

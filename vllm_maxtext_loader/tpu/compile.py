@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import gc
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -201,8 +202,14 @@ def topology_devices(topology: str) -> list[Any]:
     Raises:
         EngineError: it does not know the topology, or libtpu is not installed.
     """
+    options: dict[str, Any] = {}
+    if re.fullmatch(r"\w+:(1x1|2x4|1x1x1)", topology):
+        # libtpu takes it that a host has four chips. A single chip, and eight of v5e or v6e, are one host, too.
+        lengths = [int(length) for length in topology.partition(":")[2].split("x")]
+        options["chips_per_host_bounds"] = [*lengths, 1][:3]
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
+        return list(found.devices)
     except Exception as error:
         raise EngineError(
             f"{topology}: libtpu knows no such topology ({' '.join(str(error).split())[:300]}). Examples: v5e:2x4, "
