@@ -1,4 +1,5 @@
-"""`vllm-maxtext fit`: four reports of people who rented a slice in vain, made anew from metadata; and its edges.
+"""`vllm-maxtext fit`: four reports of people who rented a slice in vain, made anew from metadata; and its
+edges.
 
 Whether the arithmetic is right is for test_tpu_compile.py, which asks an engine and the TPU's own compiler.
 """
@@ -132,7 +133,7 @@ def test_tensor_parallel_beyond_the_slice(published: Run) -> None:
 
 
 def test_less_precise_cache_saves_where_a_device_has_several_heads(published: Run) -> None:
-    """The cache packs four fp8 values where it packs two bfloat16: keys and values of one head are half of that."""
+    """The cache packs four fp8 values, or two of bfloat16; one head has two rows, keys and values."""
     several = [
         row(published("gemma4-31b"), "v6e-4", kv_cache_dtype=dtype).kv_bytes_per_token
         for dtype in ("auto", "fp8")

@@ -1,9 +1,11 @@
-"""The TPU's own compiler judges what we load: for every case, names, shapes, layouts, and that every weight is read.
+"""The TPU's own compiler judges what we load: for every case, names, shapes, layouts, and that every weight
+is read.
 
     pytest -m tpu_compile                       all cases; prints the table of docs/compatibility.md
     pytest -m tpu_compile -k "quick"            what CI runs
 
-No TPU is needed: libtpu compiles for a topology (`vllm_maxtext_loader.tpu.compile`). Checkpoints are metadata only.
+No TPU is needed: libtpu compiles for a topology (`vllm_maxtext_loader.tpu.compile`). Checkpoints are metadata
+    only.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ RELAID = (
     "o_proj.weight",
     "qkv_proj.weight",
 )
-"""Weights whose columns per device need not be a multiple of 128: for those XLA prefers the other order of axes."""
+"""Weights whose columns per device may be no multiple of 128: XLA then prefers the other order of axes."""
 
 Compile = Callable[[str], dict[str, Any]]
 
@@ -96,7 +98,7 @@ def test_every_weight_is_read(compiled: Compile, name: str) -> None:
 
 @cases
 def test_arguments_are_what_is_placed(compiled: Compile, name: str) -> None:
-    """XLA's bytes of the step's weights are those of the arrays: the device pads nothing that we do not see."""
+    """XLA's bytes of the step's weights are those of the arrays: the device adds no padding of its own."""
     answer = compiled(name)
     for topology, found in answer["topologies"].items():
         step, *rest = found["programs"]
@@ -136,7 +138,7 @@ def test_arithmetic_of_fit_is_right(compiled: Compile, name: str) -> None:
 
 @cases
 def test_loading_takes_a_region_and_little_else(compiled: Compile, name: str) -> None:
-    """The copy of a region into its shard happens in place, and computes with the region's values in float32 at most."""
+    """A region is copied into its shard in place; the temporaries are at most the region in float32."""
     for topology, found in compiled(name)["topologies"].items():
         assert found["updates"]
         for update in found["updates"].values():
@@ -146,7 +148,7 @@ def test_loading_takes_a_region_and_little_else(compiled: Compile, name: str) ->
 
 @cases
 def test_layouts_that_are_not_row_major_are_known(compiled: Compile, name: str) -> None:
-    """What the runtime must transpose when it is placed: two-dimensional linear layers, and no experts or embeddings."""
+    """What the runtime must transpose: linear layers with two axes, and neither experts nor embeddings."""
     for topology, found in compiled(name)["topologies"].items():
         assert [key for key in found["relaid"] if not key.endswith(RELAID)] == [], topology
 
@@ -222,7 +224,7 @@ def test_defaults_of_fit_are_those_of_vllm_serve_quick() -> None:
     ],
 )
 def test_kv_tokens_are_the_engines(name: str, topology: str, request_: Request, tmp_path: Path) -> None:
-    """At lengths and numbers of requests that make blocks of other sizes; the engine is told the same memory."""
+    """At lengths and numbers of requests that make other block sizes; the engine is told the same memory."""
     run = CASES[name].write(tmp_path / "run")
     fitter = Fitter(open_checkpoint(run), str(run), request_)
     row, chosen = fitter.row(topology), slices.parse(topology)
@@ -238,7 +240,7 @@ def test_kv_tokens_are_the_engines(name: str, topology: str, request_: Request, 
 
 
 def test_fit_with_the_compiler(tmp_path: Path) -> None:
-    """The command at its defaults: the shapes that `vllm serve` compiles at start, with the KV cache it would make."""
+    """The command at its defaults: the shapes that `vllm serve` compiles at start, and its KV cache."""
     run = CASES["e2b, all layers"].write(tmp_path / "run")
     command = [sys.executable, "-c", "from vllm_maxtext_loader.cli.app import main; main()", "fit", str(run)]
     arguments = [*command, "--topology", "v6e-1", "--json"]

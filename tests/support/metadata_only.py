@@ -38,7 +38,7 @@ def published(name: str, *, layers: int | None = None, vision: bool = False, **c
 
 
 def leaves(dims: Dims) -> dict[str, tuple[int, ...]]:
-    """MaxText leaves (below `params`) and their shapes; scanned (v2) where the layers come in blocks, else unscanned."""
+    """MaxText leaves (below `params`) and their shapes; scanned (v2) where layers come in blocks."""
     found: dict[str, tuple[int, ...]] = {}
     parts: dict[str, set[int | None]] = collections.defaultdict(set)
     blocks = len(dims.layers) // PERIOD

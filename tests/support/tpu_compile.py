@@ -16,7 +16,7 @@ from support import metadata_only
 
 WORKER = Path(__file__).with_name("tpu_worker.py")
 SMALL = {"max_model_len": 4096, "max_num_seqs": 8, "max_num_batched_tokens": 256}
-"""Arguments of an engine whose programs are compiled in seconds; kernels, weights and shardings are the same."""
+"""Arguments for programs that compile in seconds; kernels, weights and shardings are the same."""
 
 HBM = 34_400_000_000
 """Memory of a v6e chip; that an engine is told of each device, where a test does not say."""
@@ -100,7 +100,7 @@ def run(
     hbm_bytes: int = HBM,
     **job: Any,
 ) -> dict[str, Any]:
-    """Starts an engine in a process of its own and compiles its programs. See tpu_worker.py for the answer."""
+    """Starts an engine in a process and compiles its programs. See tpu_worker.py for the answer."""
     directory.mkdir(parents=True, exist_ok=True)
     content = {
         "model": str(model),

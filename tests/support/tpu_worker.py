@@ -2,8 +2,9 @@
 
     python tpu_worker.py JOB.json ANSWER.json
 
-A job: {"model", "hbm_bytes", "used_bytes": n or null, "arguments": {…}, "topologies": [name], "ignore": suffix of a weight's
-name, "load": whether to load in earnest and compile nothing}. The number of JAX devices is fixed per process, so every engine has a process.
+A job: {"model", "hbm_bytes", "used_bytes": n or null, "arguments": {…}, "topologies": [name],
+"ignore": end of a weight's name, "load": whether to load in earnest and compile nothing}.
+The number of JAX's devices is fixed per process, so every engine has a process.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def ignore(engine: dry_load.DryEngine, suffix: str) -> None:
 
 
 def updates(engine: dry_load.DryEngine, topology: str) -> dict[str, Any]:
-    """What loading compiles: a sixteenth of the largest weight of three axes (experts) or two, copied into its shard."""
+    """What loading compiles: a sixteenth of the largest weights with three and two axes, copied into a shard."""
     from vllm_maxtext_loader.tpu.compile import compile_update
 
     found = {}

@@ -1,4 +1,4 @@
-"""`vllm-maxtext fit`: which TPU slice a checkpoint fits, with how much context, and the command that serves it."""
+"""`vllm-maxtext fit`: which TPU slices a checkpoint fits, and the command that serves it there."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def fit(
         str,
         typer.Argument(
             metavar="CKPT",
-            help="Local path or gs:// URL of an items directory, of a step, or of a run's checkpoint directory.",
+            help="Local path or gs:// URL of an items directory, of a step, or of a run's checkpoint "
+            "directory.",
         ),
     ],
     topology: Annotated[
@@ -36,8 +37,8 @@ def fit(
         typer.Option(
             "--topology",
             metavar="SLICE",
-            help="A slice (v6e-8) or a topology (v6e:2x4); may be given several times. Default: v5e-4, v5e-8, v6e-1, "
-            "v6e-4, v6e-8 and tpu7x-4. The number is of chips (of v5p: of cores).",
+            help="A slice (v6e-8) or a topology (v6e:2x4); may be given several times. Default: v5e-4, "
+            "v5e-8, v6e-1, v6e-4, v6e-8 and tpu7x-4. The number is of chips (of v5p: of cores).",
         ),
     ] = None,
     tensor_parallel_size: Annotated[
@@ -84,8 +85,8 @@ def fit(
 ) -> None:
     """Say which TPU slices a checkpoint fits, with how much context, and the command that serves it.
 
-    Reads metadata only. Needs the extra tpu (vllm-tpu), and no TPU. The default is arithmetic; --compile asks the TPU's
-    own compiler, which comes with vllm-tpu, and counts the programs.
+    Reads metadata only. Needs the extra tpu (vllm-tpu), and no TPU. The default is arithmetic; --compile asks
+    the TPU's own compiler, which comes with vllm-tpu, and counts the programs.
 
     [bold]Examples[/bold]
       vllm-maxtext fit gs://bucket/run/checkpoints
@@ -144,7 +145,7 @@ def fit(
 
 @contextlib.contextmanager
 def _without_torch() -> Iterator[None]:
-    """Spares a configuration the import of torch and torchvision, which takes seconds and which it does not need."""
+    """Keeps transformers from importing torch and torchvision (seconds), which a configuration does not need."""
     hidden: Any = dict.fromkeys(("torch", "torchvision"))
     with patch.dict(sys.modules, {} if "torch" in sys.modules else hidden):
         yield

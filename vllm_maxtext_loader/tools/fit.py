@@ -1,7 +1,8 @@
 """`vllm-maxtext fit`: whether a checkpoint fits a slice, with how much context, before anybody rents it.
 
-From metadata only. First by arithmetic (`tpu_memory`); then, where asked, by the TPU's own compiler (`tpu/measure.py`).
-The engine fills `gpu_memory_utilization` of the memory with weights and KV cache. Programs live in the rest.
+From metadata only. First by arithmetic (`tpu_memory`); then, where asked, by the TPU's own compiler
+(`tpu/measure.py`). The engine fills `gpu_memory_utilization` of the memory with weights and KV cache.
+Programs live in the rest.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ class Row:
         program_bytes: code and temporaries of programs; None until they were compiled.
         kv_bytes_per_token: of the KV cache.
         kv_tokens: that the KV cache holds.
-        max_model_len: length to serve with: as asked where that fits, else the longest that fits; 0 where none does.
+        max_model_len: length to serve with: as asked where that fits, else the longest that fits; 0 where
+            none does.
         max_num_seqs: requests of that length at once, at most as many as asked for.
         fits: whether an engine started as asked would start.
         reason: why it would not; "" where it would.
@@ -201,7 +203,8 @@ class Fitter:
             best = f"the longest that fits has {length:,}" if length else f"{longest:,} fit"
             reason = (
                 f"KV cache: one request of {wanted:,} tokens needs {_gib(needed)} of each chip, "
-                f"{_gib(left * per_chip / devices)} are left beside {_gib(row.weight_bytes)} of weights; {best}"
+                f"{_gib(left * per_chip / devices)} are left next to {_gib(row.weight_bytes)} of weights; "
+                f"{best}"
             )
         tokens = self._cache(devices, length or wanted).tokens(left)
         most = self.request.max_num_seqs or DEFAULT_SEQUENCES

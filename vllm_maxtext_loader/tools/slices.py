@@ -19,7 +19,7 @@ _GRIDS = {
 
 _FLAT = ("v5e", "v6e")
 _DEVICES_PER_CHIP = {"7x": 2}
-"""JAX devices of a chip, where it is not one. Chips with two cores of one memory are one device (megacore)."""
+"""JAX devices of a chip, where it is not one. Two cores with one memory (megacore) are one device."""
 
 _UNSUPPORTED = ("v2", "v3", "v4", "v4i")
 """tpu-inference 0.32's attention kernel knows v5e and later ("Unsupported tpu_version=4")."""
@@ -71,7 +71,8 @@ def parse(name: str) -> Slice:
         chips = int(match["count"]) // (2 if generation == "v5p" else 1)
         if (grid := grids.get(chips, "")) == "":
             raise OptionError(
-                f"--topology {name}: no slice of {generation} has {chips} chips; known: {', '.join(map(str, grids))}."
+                f"--topology {name}: no slice of {generation} has {chips} chips; "
+                f"known: {', '.join(map(str, grids))}."
             )
     count = math.prod(map(int, grid.split("x")))
     devices = count * _DEVICES_PER_CHIP.get(version, 1)
@@ -101,7 +102,8 @@ def _hbm_bytes(name: str, version: str) -> int:
         )
     if version in _UNSUPPORTED:
         raise EngineError(
-            f"{name}: tpu-inference 0.32 has no attention kernel for TPU {version}. Use v5e, v5p, v6e or tpu7x."
+            f"{name}: tpu-inference 0.32 has no attention kernel for TPU {version}. "
+            f"Use v5e, v5p, v6e or tpu7x."
         )
     chip = known[version]
     # JAX gives what one core has.

@@ -1,11 +1,15 @@
-"""What a model takes of a TPU's memory, by arithmetic: weights as tpu-inference places them, rotary tables, KV cache.
+"""What a model takes of a TPU's memory, by arithmetic: weights as tpu-inference places them, rotary tables,
+KV cache.
 
-Importing vLLM and tpu-inference takes longer than anybody waits for a table, so their rules are written down here. Tests hold
-them against the arrays of an engine, against XLA's own accounting, and against the KV cache that vLLM plans.
+Importing vLLM and tpu-inference takes longer than anybody waits for a table, so their rules are written down
+here. Tests hold them against the arrays of an engine, against XLA's own accounting, and against the KV cache
+that vLLM plans.
 
-Weights are recognized by the names that vLLM packs, which its model classes share: q_proj, k_proj and v_proj become one
+Weights are recognized by the names that vLLM packs, which its model classes share: q_proj, k_proj and v_proj
+    become one
 array, gate_proj and up_proj another, routed experts two. Whatever has another name is copied to every device.
-Written against tpu-inference 0.32.0 (layers/vllm, runner/kv_cache.py) and vLLM 0.32.0 (v1/core/kv_cache_planning.py).
+Written against tpu-inference 0.32.0 (layers/vllm, runner/kv_cache.py) and vLLM 0.32.0
+(v1/core/kv_cache_planning.py).
 """
 
 from __future__ import annotations
@@ -47,7 +51,7 @@ class DeviceArray:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the device's memory, tiles included; XLA chooses the order of the last two axes that takes fewest."""
+        """Bytes in the device's memory, with tiles. XLA orders the last two axes so that they take fewest."""
         if len(self.shape) < 2:
             return math.prod(self.shape) * ITEMSIZE
         *outer, a, b = self.shape
@@ -110,7 +114,7 @@ class _Placement:
         return DeviceArray(name, tuple(part), math.prod(part))
 
     def _attention(self, name: str) -> DeviceArray:
-        """Queries, keys and values in one array; where there are fewer KV heads than devices they are repeated."""
+        """Queries, keys and values in one array; KV heads are repeated where there are fewer than devices."""
         index = int(re.findall(r"\.layers\.(\d+)\.", name)[0])
         head_dim, heads = _head_dim(self._config, index), _kv_heads(self._config, index)
         width, hidden = self._shapes[name]
@@ -166,7 +170,7 @@ def device_arrays(
 
 
 def rotary_bytes(config: Any) -> int:
-    """Bytes of the tables of rotary embeddings, which every device holds whole, one for each kind of attention."""
+    """Bytes of the rotary embeddings' tables: one for each kind of attention, whole on every device."""
     text = config.get_text_config()
     parameters = getattr(text, "rope_parameters", None) or {}
     tables = set()

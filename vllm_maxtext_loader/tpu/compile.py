@@ -1,10 +1,13 @@
-"""Compiles the engine's programs for a TPU that is not there, with the TPU's own compiler (libtpu, which vllm-tpu installs).
+"""Compiles the engine's programs for a TPU that is not there, with the TPU's own compiler (libtpu, which
+vllm-tpu installs).
 
-The engine is up on JAX's CPU backend (`dry_load.start`). Its reference kernels are taken back, its mesh is exchanged for one
-over the devices of a topology, and its step, logits and vision encoder are lowered with abstract arguments, at the largest
-shapes that tpu-inference itself would compile when it starts. Nothing runs.
+The engine is up on JAX's CPU backend (`dry_load.start`). Its reference kernels are taken back, its mesh is
+exchanged for one over the devices of a topology, and its step, logits and vision encoder are lowered with
+abstract arguments, at the largest shapes that tpu-inference itself would compile when it starts. Nothing
+runs.
 
-This reaches into tpu-inference 0.32.0: runner/compilation_manager.py (shapes) and models/vllm/vllm_model_wrapper.py (programs).
+This reaches into tpu-inference 0.32.0: runner/compilation_manager.py (shapes) and
+models/vllm/vllm_model_wrapper.py (programs).
 """
 
 from __future__ import annotations
@@ -47,7 +50,8 @@ class Program:
         seconds: that the compiler took.
         argument_bytes, temporary_bytes, code_bytes: as XLA accounts for them.
         kv_cache_bytes: of the arguments, the KV cache.
-        layouts: by parameter, the order of its axes in memory, slowest first; without those the program never reads.
+        layouts: by parameter, the order of its axes in memory, slowest first; without those the program never
+            reads.
     """
 
     name: str
@@ -89,7 +93,8 @@ class Compiled:
 
     @property
     def program_bytes(self) -> int:
-        """What programs take of a device: the code of all variants, and the temporaries of the one that needs most.
+        """What programs take of a device: the code of all variants, and the temporaries of the one that needs
+        most.
 
         Without the vision encoder, which tpu-inference does not compile as one program unless told to.
         """
@@ -116,8 +121,8 @@ def compile_for(engine: DryEngine, topology: str) -> Compiled:
         topology: libtpu's name of it, e.g. "v6e:2x4".
 
     Raises:
-        EngineError: an unknown topology or one with too few devices; or tpu-inference or the TPU's compiler refuses
-            (its message is in ours).
+        EngineError: an unknown topology or one with too few devices; or tpu-inference or the TPU's compiler
+            refuses (its message is in ours).
     """
     if (reason := versions.unsupported()) is not None:
         raise EngineError(reason)
@@ -158,7 +163,8 @@ def compile_for(engine: DryEngine, topology: str) -> Compiled:
 
 @dataclasses.dataclass(frozen=True)
 class Update:
-    """How a device takes a region into one of its shards: the one program that loading compiles. All bytes are of one device.
+    """How a device takes a region into one of its shards: the one program that loading compiles. All bytes
+    are of one device.
 
     Attributes:
         temporary_bytes: beside the shard and the region.
@@ -204,7 +210,8 @@ def topology_devices(topology: str) -> list[Any]:
     """
     options: dict[str, Any] = {}
     if re.fullmatch(r"\w+:(1x1|2x4|1x1x1)", topology):
-        # libtpu takes it that a host has four chips. A single chip, and eight of v5e or v6e, are one host, too.
+        # libtpu takes it that a host has four chips. A single chip, and eight of v5e or v6e, are one host,
+        # too.
         lengths = [int(length) for length in topology.partition(":")[2].split("x")]
         options["chips_per_host_bounds"] = [*lengths, 1][:3]
     try:
@@ -212,13 +219,13 @@ def topology_devices(topology: str) -> list[Any]:
         return list(found.devices)
     except Exception as error:
         raise EngineError(
-            f"{topology}: libtpu knows no such topology ({' '.join(str(error).split())[:300]}). Examples: v5e:2x4, "
-            f"v5p:2x2x1, v6e:2x4, tpu7x:2x2x1."
+            f"{topology}: libtpu knows no such topology ({' '.join(str(error).split())[:300]}). "
+            f"Examples: v5e:2x4, v5p:2x2x1, v6e:2x4, tpu7x:2x2x1."
         ) from error
 
 
 def _calls(runner: Any) -> dict[str, list[_Call]]:
-    """By program, what tpu-inference would compile when it starts: its own code, with a recorder for a compiler."""
+    """By program, the calls that tpu-inference would compile when it starts, recorded by its own code."""
     wrapper, manager = runner.model, runner.compilation_manager
     makers = {
         id(runner.model_fn): ("step", wrapper.jit_step_func),
@@ -247,7 +254,8 @@ def _calls(runner: Any) -> dict[str, list[_Call]]:
 
 
 def _encoder_call(runner: Any) -> _Call | None:
-    """The vision encoder as one program, for the fewest image tokens; None for a model that has no such form of it.
+    """The vision encoder as one program, for the fewest image tokens; None for a model that has no such form
+    of it.
 
     tpu-inference 0.32 runs it operation by operation unless told otherwise. It reads the same weights.
     """

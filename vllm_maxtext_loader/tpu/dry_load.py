@@ -1,10 +1,12 @@
-"""An engine whose weights have shape, dtype and sharding, and no values: for compiling its programs, never for answering.
+"""An engine whose weights have shape, dtype and sharding, and no values: for compiling its programs, never
+for answering.
 
-A dry load goes the way of a load: the same plan, the same refusals, the same `find_weights`. It reads no array data. What is
+A dry load goes the way of a load: the same plan, the same refusals, the same `find_weights`. It reads no
+    array data. What is
 placed directly is memory that is never touched; the rest (norms, scalars, the vision tower) is zeros.
 
-Not a mode of `vllm serve`: only `start` turns it on, in its own process, and what it returns has no scheduler that could
-answer a request. Written against vLLM 0.32.0 v1/engine/core.py, `_initialize_kv_caches`.
+Not a mode of `vllm serve`: only `start` turns it on, in its own process, and what it returns has no scheduler
+that could answer a request. Written against vLLM 0.32.0 v1/engine/core.py, `_initialize_kv_caches`.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ class DryLoad:
     """A dry load, for the loader that carries it out.
 
     Attributes:
-        weights: parameters of the model that a load would have filled from the checkpoint; the loader adds them.
+        weights: parameters of the model that a load would have filled from the checkpoint; the loader adds
+            them.
     """
 
     weights: set[str] = dataclasses.field(default_factory=set)
@@ -94,7 +97,8 @@ def start(model: str, *, hbm_bytes: int, used_bytes: int | None = None, **engine
     """Brings an engine up on JAX's CPU backend, without weights.
 
     Args:
-        model: the checkpoint, or a Hugging Face configuration with the checkpoint in `model_loader_extra_config`.
+        model: the checkpoint, or a Hugging Face configuration with the checkpoint in
+            `model_loader_extra_config`.
         hbm_bytes: memory of each device that the engine is to believe in.
         used_bytes: how much of it weights take; None counts the arrays' bytes.
         engine_arguments: of vLLM's EngineArgs.

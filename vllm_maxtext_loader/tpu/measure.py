@@ -1,7 +1,7 @@
 """The compiler's own numbers for one engine and one topology, from a process of its own.
 
-The number of JAX's devices is fixed when a process starts, and a compiler that gives up may take its process along.
-The parent calls `measure`; the child is this module: a request on stdin, one marked line on stdout.
+The number of JAX's devices is fixed when a process starts, and a compiler that gives up may take its process
+along. The parent calls `measure`; the child is this module: a request on stdin, one marked line on stdout.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def measure(
         arguments: of vLLM's EngineArgs.
 
     Returns:
-        "weight_bytes", "program_bytes" (of one device), "kv_tokens" and "unread" (weights that no program reads); or
-        "error", one sentence.
+        "weight_bytes", "program_bytes" (of one device), "kv_tokens" and "unread" (weights that no program
+        reads); or "error", one sentence.
     """
     request = {
         "checkpoint": checkpoint,
