@@ -1,5 +1,4 @@
-"""`vllm-maxtext fit`: four reports of people who rented a slice in vain, made anew from metadata; and its
-edges.
+"""`vllm-maxtext fit`: reports of people who rented a slice in vain, made anew from metadata; and its edges.
 
 Whether the arithmetic is right is for test_tpu_compile.py, which asks an engine and the TPU's own compiler.
 """

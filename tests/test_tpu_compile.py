@@ -1,11 +1,10 @@
-"""The TPU's own compiler judges what we load: for every case, names, shapes, layouts, and that every weight
-is read.
+"""The TPU's own compiler judges what we load: names, shapes, layouts, and that every weight is read.
 
     pytest -m tpu_compile                       all cases; prints the table of docs/compatibility.md
     pytest -m tpu_compile -k "quick"            what CI runs
 
-No TPU is needed: libtpu compiles for a topology (`vllm_maxtext_loader.tpu.compile`). Checkpoints are metadata
-    only.
+No TPU is needed: libtpu compiles for a topology (`vllm_maxtext_loader.tpu.compile`). Checkpoints hold metadata
+only.
 """
 
 from __future__ import annotations

@@ -1,14 +1,12 @@
-"""What a model takes of a TPU's memory, by arithmetic: weights as tpu-inference places them, rotary tables,
-KV cache.
+"""What a model takes of a TPU's memory, by arithmetic: weights as placed, rotary tables, KV cache.
 
 Importing vLLM and tpu-inference takes longer than anybody waits for a table, so their rules are written down
-here. Tests hold them against the arrays of an engine, against XLA's own accounting, and against the KV cache
-that vLLM plans.
+here. Tests compare them with the arrays of an engine, with XLA's own accounting, and with the KV cache that vLLM
+plans.
 
 Weights are recognized by the names that vLLM packs, which its model classes share: q_proj, k_proj and v_proj
-    become one
-array, gate_proj and up_proj another, routed experts two. Whatever has another name is copied to every device.
-Written against tpu-inference 0.32.0 (layers/vllm, runner/kv_cache.py) and vLLM 0.32.0
+become one array, gate_proj and up_proj another, routed experts two. Whatever has another name is copied to
+every device. Written against tpu-inference 0.32.0 (layers/vllm, runner/kv_cache.py) and vLLM 0.32.0
 (v1/core/kv_cache_planning.py).
 """
 

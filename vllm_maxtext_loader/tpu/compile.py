@@ -1,10 +1,8 @@
-"""Compiles the engine's programs for a TPU that is not there, with the TPU's own compiler (libtpu, which
-vllm-tpu installs).
+"""Compiles the engine's programs for a TPU that is not there, with the TPU's own compiler (libtpu).
 
 The engine is up on JAX's CPU backend (`dry_load.start`). Its reference kernels are taken back, its mesh is
 exchanged for one over the devices of a topology, and its step, logits and vision encoder are lowered with
-abstract arguments, at the largest shapes that tpu-inference itself would compile when it starts. Nothing
-runs.
+abstract arguments, at the largest shapes that tpu-inference itself would compile when it starts. Nothing runs.
 
 This reaches into tpu-inference 0.32.0: runner/compilation_manager.py (shapes) and
 models/vllm/vllm_model_wrapper.py (programs).

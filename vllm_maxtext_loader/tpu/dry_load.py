@@ -1,12 +1,11 @@
-"""An engine whose weights have shape, dtype and sharding, and no values: for compiling its programs, never
-for answering.
+"""An engine whose weights have shape, dtype and sharding, but no values: for compiling, not for answering.
 
-A dry load goes the way of a load: the same plan, the same refusals, the same `find_weights`. It reads no
-    array data. What is
-placed directly is memory that is never touched; the rest (norms, scalars, the vision tower) is zeros.
+A dry load takes the steps of a load: the same plan, the same refusals, the same `find_weights`. It reads no
+array data. What is placed directly is memory that is never touched; the rest (norms, scalars, the vision tower)
+is zeros.
 
 Not a mode of `vllm serve`: only `start` turns it on, in its own process, and what it returns has no scheduler
-that could answer a request. Written against vLLM 0.32.0 v1/engine/core.py, `_initialize_kv_caches`.
+that could answer. Written against vLLM 0.32.0 v1/engine/core.py, `_initialize_kv_caches`.
 """
 
 from __future__ import annotations
