@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -155,14 +155,26 @@ def place_untouched(values: Any, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_single_device_arrays(values.shape, sharding, shards)
 
 
-def bytes_per_device(state: dict[str, Any]) -> int:
-    """Bytes that the fullest device holds of all arrays; arrays under two names count once."""
-    arrays = {id(array): array for array in state.values()}
+def bytes_per_device(state: Mapping[str, Any], but: Mapping[str, Any] | None = None) -> int:
+    """Bytes that the fullest device holds of some arrays.
+
+    Args:
+        state: arrays by name. Memory under two names (a tied output head) counts once.
+        but: arrays whose memory does not count.
+    """
+    seen = {_memory(shard) for array in (but or {}).values() for shard in array.addressable_shards}
     held: dict[Any, int] = {}
-    for array in arrays.values():
+    for array in state.values():
         for shard in array.addressable_shards:
-            held[shard.device] = held.get(shard.device, 0) + shard.data.nbytes
-    return max(held.values())
+            if _memory(shard) not in seen:
+                seen.add(_memory(shard))
+                held[shard.device] = held.get(shard.device, 0) + shard.data.nbytes
+    return max(held.values(), default=0)
+
+
+def _memory(shard: Any) -> int:
+    """Where a shard lies. Two arrays may share it."""
+    return shard.data.unsafe_buffer_pointer()
 
 
 def _abstract_allocator(shape: tuple[int, ...], dtype: Any, sharding: Any) -> Any:

@@ -87,11 +87,12 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     except (MaxTextLoadError, ValueError, RuntimeError) as error:
         return {"error": " ".join(str(error).split())[:600]}
     step = compiled.programs[0]
-    read = {id(engine.state[name]) for name in step.layouts}
-    others = {name: array for name, array in engine.state.items() if id(array) not in read}
+    read = {name: engine.state[name] for name in step.layouts}
     return {
         # The step does not read a vision tower, which is there all the same.
-        "weight_bytes": step.argument_bytes - step.kv_cache_bytes + dry_load.bytes_per_device(others),
+        "weight_bytes": step.argument_bytes
+        - step.kv_cache_bytes
+        + dry_load.bytes_per_device(engine.state, read),
         "program_bytes": compiled.program_bytes,
         "kv_tokens": engine.kv_tokens,
         "unread": sorted(compiled.unread & engine.weights),
