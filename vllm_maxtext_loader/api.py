@@ -11,8 +11,15 @@ import numpy as np
 
 from vllm_maxtext_loader import families
 from vllm_maxtext_loader.checkpoint.find import ItemLocation, locate
-from vllm_maxtext_loader.checkpoint.reader import DecodedRegion, Region, read_regions, trailing_zero_rows
+from vllm_maxtext_loader.checkpoint.reader import (
+    DecodedRegion,
+    Region,
+    Wait,
+    read_regions,
+    trailing_zero_rows,
+)
 from vllm_maxtext_loader.checkpoint.storage.path import tensorstore_context
+from vllm_maxtext_loader.checkpoint.storage.ranges import Transfers
 from vllm_maxtext_loader.checkpoint.tree import EMBEDDING_LEAF, Leaf, Tree, read_tree
 from vllm_maxtext_loader.conversion.config_check import VOCAB
 from vllm_maxtext_loader.conversion.convert import convert
@@ -83,14 +90,16 @@ class Checkpoint:
     def iter_regions(
         self,
         *,
-        on_wait: Callable[[float], None] | None = None,
+        on_wait: Callable[[Wait], None] | None = None,
         needed: Callable[[Leaf, Region], bool] | None = None,
+        transfers: Transfers | None = None,
     ) -> Iterator[DecodedRegion]:
         """Decoded regions of the planned leaves, in stored order. Reading begins with the call.
 
         Args:
-            on_wait: told the seconds spent waiting for each region of decoded data.
+            on_wait: told how long each region of decoded data was waited for.
             needed: whether a region is wanted; regions that are not are not read. None means all are.
+            transfers: what is fetched from a bucket is added to it.
 
         Raises:
             ReadError: a chunk is missing, truncated or corrupt.
@@ -105,6 +114,7 @@ class Checkpoint:
             outer={entry.leaf.key: entry.scan_axes for entry in plan.leaves},
             needed=needed,
             on_wait=on_wait,
+            transfers=transfers,
         )
 
     def hf_weights(
@@ -190,7 +200,7 @@ def open_checkpoint(
         step: step to take from a run's checkpoint directory; None means the newest committed one.
         model_name: MaxText's name of the published model (gemma4-26b, qwen3-8b, …) to take from what shapes cannot
             tell (sliding window, rope, top-k); None means chosen by shape.
-        concurrent_gib: GiB of decoded array data in flight at a time; None means chosen by size.
+        concurrent_gib: GiB of array data in flight at a time; None means chosen by size.
 
     Raises:
         MaxTextLoadError: one of its kinds; see `vllm_maxtext_loader.errors`.
@@ -199,7 +209,8 @@ def open_checkpoint(
     tree = read_tree(location, tensorstore_context())
     plan = make_plan(tree, families.identify(tree.leaves, str(location.items)))
     chunk = max((entry.leaf.chunk_nbytes for entry in plan.leaves), default=0)
-    budget = read_budget(concurrent_gib, plan.nbytes, chunk, len(os.sched_getaffinity(0)))
+    cores = len(os.sched_getaffinity(0))
+    budget = read_budget(concurrent_gib, plan.nbytes, chunk, cores, remote=location.items.is_remote)
     return Checkpoint(tree, plan, model_name, budget)
 
 

@@ -84,8 +84,10 @@ class Options:
         return options
 
 
-def read_budget(concurrent_gib: float | None, nbytes: int, chunk_nbytes: int, cores: int) -> int:
-    """Bytes of decoded array data in flight at a time.
+def read_budget(
+    concurrent_gib: float | None, nbytes: int, chunk_nbytes: int, cores: int, *, remote: bool = False
+) -> int:
+    """Bytes of array data in flight at a time: decoded, and from a bucket also stored.
 
     Args:
         concurrent_gib: what the user asked for, in GiB; None means a sixteenth of the checkpoint, so that the
@@ -95,13 +97,30 @@ def read_budget(concurrent_gib: float | None, nbytes: int, chunk_nbytes: int, co
         chunk_nbytes: decoded size of the largest stored chunk. One chunk is decoded by one core; a chunk of the
             published 26B-A4B's experts, converted with MaxText's default of 16 devices, has 793 MB.
         cores: that decode.
+        remote: whether the checkpoint is in a bucket. The bytes that are under way need memory, too: an eighth of the
+            checkpoint, but at least 128 MiB and at most 1 GiB.
 
     Raises:
         OptionError: `concurrent_gib` is not positive, or more than this machine's memory.
     """
     if concurrent_gib is not None:
         return _budget(concurrent_gib)
-    return max(min(max(nbytes // 16, GIB // 16), 2 * GIB), min(cores * chunk_nbytes, nbytes // 8))
+    decoded = max(min(max(nbytes // 16, GIB // 16), 2 * GIB), min(cores * chunk_nbytes, nbytes // 8))
+    return decoded + min(max(nbytes // 8, _LEAST_STORED), _MOST_STORED) if remote else decoded
+
+
+_MOST_STORED = GIB
+"""Stored bytes in flight at most: 128 requests of 8 MiB."""
+
+_LEAST_STORED = GIB // 8
+
+
+def fetch_window(budget: int) -> int:
+    """Bytes of a read budget that stored bytes may take, where they come from a bucket; the rest is for decoded ones.
+
+    At most a quarter of the memory that is free.
+    """
+    return min(budget // 2, _MOST_STORED, available_nbytes() // 4)
 
 
 def _budget(concurrent_gib: float) -> int:
@@ -131,3 +150,23 @@ def memory_nbytes() -> int:
         except (OSError, ValueError):
             continue
     return memory
+
+
+def available_nbytes() -> int:
+    """Bytes of memory that are free: the machine's, or what its container's limit leaves where that is less."""
+    available = memory_nbytes()
+    try:
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        available = min(available, int(fields["MemAvailable"].split()[0]) << 10)
+    except (OSError, ValueError, KeyError):
+        pass
+    cgroup = Path("/sys/fs/cgroup")
+    try:
+        limit = int((cgroup / "memory.max").read_text())
+        # The page cache counts as used, and is given back.
+        statistics = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+        used = int((cgroup / "memory.current").read_text()) - int(statistics["inactive_file"])
+        available = min(available, max(0, limit - used))
+    except (OSError, ValueError, KeyError):
+        pass
+    return available

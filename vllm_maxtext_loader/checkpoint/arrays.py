@@ -83,6 +83,13 @@ def _spec(items: Location, name: str, stored: Format, since: float) -> dict[str,
     }
 
 
+def is_damage(error: BaseException) -> bool:
+    """Whether TensorStore's error says that what was read is wrong, not that it could not be read."""
+    text = str(error)
+    # What stands in quotes is the checkpoint's: paths and names.
+    return text.partition(":")[0] in _DAMAGED or "Error decoding" in re.sub(r'"(?:[^"\\]|\\.)*"', "", text)
+
+
 def array_error(
     what: str, error: BaseException, directory: Location, *, at_open: bool = False
 ) -> MaxTextLoadError:
@@ -95,8 +102,7 @@ def array_error(
         at_open: whether only metadata was being read.
     """
     text = str(error)
-    # What stands in quotes is the checkpoint's: paths and names.
-    if text.partition(":")[0] in _DAMAGED or "Error decoding" in re.sub(r'"(?:[^"\\]|\\.)*"', "", text):
+    if is_damage(error):
         kind = CorruptMetadataError if at_open else ReadError
         if found := find_substitute(directory, text):
             return kind(f"{what}: {found} ({summarize(text)})")

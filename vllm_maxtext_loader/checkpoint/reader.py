@@ -15,7 +15,9 @@ import dataclasses
 import itertools
 import math
 import mmap
+import queue
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from typing import Any
@@ -24,12 +26,14 @@ import numpy as np
 import tensorstore as ts
 
 from vllm_maxtext_loader.checkpoint.arrays import array_error
+from vllm_maxtext_loader.checkpoint.remote import Region, RegionRead, RemoteReads, is_remote
 from vllm_maxtext_loader.checkpoint.storage.path import Location
+from vllm_maxtext_loader.checkpoint.storage.ranges import Transfers
 from vllm_maxtext_loader.checkpoint.storage.retry import to_storage_error
-from vllm_maxtext_loader.checkpoint.storage.stall import StallDetector
+from vllm_maxtext_loader.checkpoint.storage.stall import Pending, StallDetector
 from vllm_maxtext_loader.checkpoint.tree import Leaf
-
-Region = tuple[slice, ...]
+from vllm_maxtext_loader.errors import MaxTextLoadError
+from vllm_maxtext_loader.options import fetch_window
 
 _REGIONS_IN_FLIGHT = 4
 """Regions the budget is divided into: some are converted or placed while the others are fetched and decoded."""
@@ -38,6 +42,20 @@ _KEPT_BYTES = 64 << 20
 
 _ALIGNMENT = 64
 """Bytes; JAX on the CPU takes memory so aligned without copying it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Wait:
+    """How long the consumer waited for a region.
+
+    Attributes:
+        seconds: in all.
+        network: seconds of these in which the region's bytes had not arrived; the rest was decoding. None where that
+            is not known.
+    """
+
+    seconds: float
+    network: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,45 +174,72 @@ def read_regions(
     *,
     outer: Mapping[str, tuple[int, ...]] | None = None,
     needed: Callable[[Leaf, Region], bool] | None = None,
-    on_wait: Callable[[float], None] | None = None,
+    on_wait: Callable[[Wait], None] | None = None,
+    transfers: Transfers | None = None,
 ) -> Iterator[DecodedRegion]:
     """Every region of every leaf, in order. Reading begins with the call and prefetches ahead of the consumer.
 
     Args:
         leaves: what to read.
         arrays: opened arrays by leaf key.
-        budget: bytes of regions that are in flight or in the caller's hands at a time. A region that is larger
-            than the budget is read alone.
+        budget: bytes that are in flight or in the caller's hands at a time: decoded regions, and from a bucket also
+            stored bytes. A region that is larger than the budget is read alone.
         where: path, for messages.
         outer: by leaf key, axes that come first in memory. Every index along them is one run of memory.
         needed: whether a region is wanted; those that are not are not read, and a leaf without any is passed over.
             None means all are.
-        on_wait: told the seconds spent waiting for each region.
+        on_wait: told how long each region was waited for.
+        transfers: what is fetched from a bucket is added to it.
 
     Raises:
         ReadError: a chunk is missing, truncated or corrupt; when its region is asked for.
         StorageError: the storage refuses, or does not answer within the time limit; likewise.
     """
-    limit = max(1, budget // _REGIONS_IN_FLIGHT)
-    queue = (
-        (leaf, region, number == len(cut))
+    leaves = list(leaves)
+    remote = any(is_remote(arrays[leaf.key]) for leaf in leaves)
+    window = fetch_window(budget) if remote else 0
+    limit = max(1, (budget - window) // _REGIONS_IN_FLIGHT)
+    regions = (
+        (leaf, region, index == len(cut) - 1)
         for leaf in leaves
         for cut in [
             [region for region in chunk_regions(leaf, limit) if needed is None or needed(leaf, region)]
         ]
-        for number, region in enumerate(cut, start=1)
+        for index, region in enumerate(cut)
     )
-    prefetcher = _Prefetcher(queue, arrays, _Ring(budget), outer or {})
+    if remote:
+        reads = RemoteReads(regions, arrays, window, budget - window, transfers or Transfers())
+    else:
+        reads = LocalReads(regions)
+    prefetcher = _Prefetcher(reads, arrays, _Ring(budget - window), outer or {})
     watch = StallDetector(where)
     prefetcher.request()
-    return _completed_reads(prefetcher, watch, on_wait)
+    completed = _completed_reads(prefetcher, watch, on_wait)
+    # Also where the iterator is dropped before it was used.
+    weakref.finalize(completed, reads.close)
+    return completed
+
+
+class LocalReads:
+    """Regions of arrays that TensorStore reads, in order."""
+
+    def __init__(self, regions: Iterator[tuple[Leaf, Region, bool]]) -> None:
+        self._regions = regions
+
+    def get(self, *, block: bool) -> RegionRead | None:
+        """The next region; None at the end."""
+        found = next(self._regions, None)
+        return None if found is None else RegionRead(*found)
+
+    def close(self) -> None:
+        """Nothing is read ahead."""
 
 
 class _Prefetcher:
     """Regions that have been asked for.
 
     Args:
-        queue: what to ask for: leaf, region, whether it is the leaf's last.
+        reads: what to ask for.
         arrays: opened arrays by leaf key.
         ring: memory they are decoded into.
         outer: see `read_regions`.
@@ -206,22 +251,24 @@ class _Prefetcher:
 
     def __init__(
         self,
-        queue: Iterator[tuple[Leaf, Region, bool]],
+        reads: LocalReads | RemoteReads,
         arrays: dict[str, ts.TensorStore],
         ring: _Ring,
         outer: Mapping[str, tuple[int, ...]],
     ) -> None:
-        self.pending: collections.deque[tuple[DecodedRegion, ts.Future]] = collections.deque()
+        self.pending: collections.deque[_Request] = collections.deque()
         self.delivered: collections.deque[DecodedRegion] = collections.deque()
-        self._queue, self._arrays, self._ring, self._outer = queue, arrays, ring, outer
-        self._upcoming = next(queue, None)
+        self.reads = reads
+        self._arrays, self._ring, self._outer = arrays, ring, outer
+        self._upcoming: RegionRead | None = None
+        self._ended = False
 
     def request(self) -> None:
         """Asks for as many regions as there is memory for, and for one at least; waits for readers where it must."""
-        while self._upcoming is not None:
+        while (read := self._next()) is not None:
             while self.delivered and not self.delivered[0].busy:
                 self._release()
-            leaf, region, last = self._upcoming
+            leaf, region = read.leaf, read.region
             memory = self._ring.allocate(region_nbytes(region, leaf.dtype.itemsize))
             if memory is None and not self.pending:
                 self._release()
@@ -229,10 +276,23 @@ class _Prefetcher:
             if memory is None:
                 return
             values = _shaped(memory, leaf, region, self._outer.get(leaf.key, ()))
-            destination = ts.array(values, copy=False, write=True)
-            future = destination.write(self._arrays[leaf.key][region]).commit
-            self.pending.append((DecodedRegion(leaf, region, values, last), future))
-            self._upcoming = next(self._queue, None)
+            if read.chunks is None or isinstance(self.reads, LocalReads):
+                destination = ts.array(values, copy=False, write=True)
+                future = destination.write(self._arrays[leaf.key][region]).commit
+            else:
+                future = self.reads.decode(read, values)
+            self.pending.append(_Request(DecodedRegion(leaf, region, values, read.last), future, read))
+            self._upcoming = None
+
+    def _next(self) -> RegionRead | None:
+        """What to ask for next; None where there is nothing, or nothing yet while something is pending."""
+        if self._upcoming is None and not self._ended:
+            try:
+                self._upcoming = self.reads.get(block=not self.pending)
+            except queue.Empty:
+                return None
+            self._ended = self._upcoming is None
+        return self._upcoming
 
     def _release(self) -> None:
         """Frees the memory of the region that was given first, as soon as nobody reads it any more."""
@@ -240,24 +300,35 @@ class _Prefetcher:
         self._ring.release()
 
 
+@dataclasses.dataclass(frozen=True)
+class _Request:
+    """A region that is being decoded."""
+
+    decoded: DecodedRegion
+    future: Pending
+    read: RegionRead
+
+
 def _completed_reads(
-    prefetcher: _Prefetcher, watch: StallDetector, on_wait: Callable[[float], None] | None
+    prefetcher: _Prefetcher, watch: StallDetector, on_wait: Callable[[Wait], None] | None
 ) -> Iterator[DecodedRegion]:
     """The prefetched regions, each when it has been decoded."""
     try:
         while prefetcher.pending:
-            decoded, future = prefetcher.pending[0]
+            entry = prefetcher.pending[0]
             started = time.perf_counter()
-            _result(watch, future, decoded.leaf)
+            _result(watch, entry.future, entry.decoded.leaf)
             prefetcher.pending.popleft()
             if on_wait is not None:
-                on_wait(time.perf_counter() - started)
-            prefetcher.delivered.append(decoded)
-            yield decoded
+                ended = time.perf_counter()
+                on_wait(Wait(ended - started, entry.read.network_seconds(started, ended)))
+            prefetcher.delivered.append(entry.decoded)
+            yield entry.decoded
             prefetcher.request()
     finally:
         # Dropping the futures abandons the reads; see open_arrays for why they are not cancelled.
         prefetcher.pending.clear()
+        prefetcher.reads.close()
         watch.close()
 
 
@@ -269,9 +340,11 @@ def _shaped(memory: np.ndarray, leaf: Leaf, region: Region, outer: tuple[int, ..
     return values.transpose(np.argsort(order)) if order else values
 
 
-def _result(watch: StallDetector, future: ts.Future, leaf: Leaf) -> Any:
+def _result(watch: StallDetector, future: Pending, leaf: Leaf) -> Any:
     try:
         return watch.result(future, leaf.key)
+    except MaxTextLoadError:
+        raise
     except TimeoutError as error:
         raise to_storage_error(f"cannot read leaf {leaf.key} of {watch.where}", error) from error
     except Exception as error:

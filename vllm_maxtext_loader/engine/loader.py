@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import itertools
 import os
@@ -26,7 +27,7 @@ from vllm_maxtext_loader.api import numpy_dtype
 from vllm_maxtext_loader.checkpoint.statistics import count_nonfinite, sample
 from vllm_maxtext_loader.errors import EngineError, IncompleteLoadError
 from vllm_maxtext_loader.options import DIRECT_VARIABLE, Options
-from vllm_maxtext_loader.progress import byte_bar
+from vllm_maxtext_loader.progress import LoadTimes, byte_bar
 from vllm_maxtext_loader.tpu import dry_load
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from vllm.config.load import LoadConfig
 
     from vllm_maxtext_loader.api import Checkpoint
-    from vllm_maxtext_loader.checkpoint.reader import DecodedRegion
+    from vllm_maxtext_loader.checkpoint.reader import DecodedRegion, Wait
     from vllm_maxtext_loader.tpu.placement import ShardWriter
 
 logger = init_logger("vllm." + __name__)
@@ -91,12 +92,14 @@ class MaxTextModelLoader(BaseModelLoader):
         shard_writer: ShardWriter | None = None
         values = NonFiniteWatch(checkpoint.plan.where)
         dry = dry_load.current()
-        read = checkpoint.iter_regions if dry is None else dry_load.no_regions
         progress = LoadProgress(checkpoint, enable_tqdm(self.load_config.use_tqdm_on_load) and dry is None)
 
-        def on_wait(seconds: float) -> None:
+        def on_wait(wait: Wait) -> None:
             # What goes on while others write is not waited for.
-            progress.on_wait(seconds if shard_writer is None else shard_writer.idle(seconds))
+            progress.on_wait(wait, wait.seconds if shard_writer is None else shard_writer.idle(wait.seconds))
+
+        start = checkpoint.iter_regions if dry is None else dry_load.no_regions
+        read = functools.partial(start, on_wait=on_wait, transfers=progress.times.transfers)
 
         try:
             if self._places_directly(model_config):
@@ -104,16 +107,16 @@ class MaxTextModelLoader(BaseModelLoader):
 
                 # Several hosts: each reads the regions its own devices hold a part of, and must know first which these
                 # are. One host reads while that is being found out.
-                regions = None if placement.several_processes() else read(on_wait=on_wait)
+                regions = None if placement.several_processes() else read()
                 shard_writer = placement.ShardWriter(
                     model, checkpoint.plan, numpy_dtype(model_config.dtype), fold
                 )
                 given, filled = shard_writer.targets(), shard_writer.filled
                 if regions is None:
-                    regions = read(on_wait=on_wait, needed=shard_writer.is_local)
+                    regions = read(needed=shard_writer.is_local)
                 regions = shard_writer.stream(values.stream(watch(regions)), on_written=progress.on_written)
             else:
-                regions = values.stream(watch(read(on_wait=on_wait)))
+                regions = values.stream(watch(read()))
             weights = checkpoint.hf_weights(
                 fold_expert_scales=fold,
                 dtype=model_config.dtype,
@@ -254,17 +257,19 @@ class LoadProgress:
 
     def __init__(self, checkpoint: Checkpoint, show: bool) -> None:
         self.checkpoint = checkpoint
-        self.waited = self.converted = 0.0
+        self.times = LoadTimes(remote=checkpoint.location.items.is_remote)
         self.read = 0
         self.bar = byte_bar(checkpoint.plan.nbytes, "Loading MaxText checkpoint", disable=not show)
 
-    def on_wait(self, seconds: float) -> None:
-        """Counts time spent waiting for a decoded region."""
-        self.waited += seconds
+    def on_wait(self, wait: Wait, seconds: float) -> None:
+        """Counts time spent waiting for a decoded region: `seconds` of it, in which nothing was being written."""
+        network = (wait.network or 0.0) * seconds / wait.seconds if wait.seconds else 0.0
+        self.times.network += network
+        self.times.decoding += seconds - network
 
     def on_region(self, decoded: DecodedRegion, seconds: float) -> None:
         """Counts a region that was converted on the host."""
-        self.converted += seconds
+        self.times.converting += seconds
         self.on_written(decoded)
 
     def on_written(self, decoded: DecodedRegion) -> None:
@@ -288,10 +293,11 @@ class LoadProgress:
             skipped = f"; skipped {_gib(tree.skipped_nbytes)} of {_reasons(self.checkpoint)}"
         if self.read < plan.nbytes:
             skipped += f"; read {_gib(self.read)}, what this process's devices hold a part of"
-        place = max(0.0, seconds - self.waited - self.converted)
+        times = self.times
+        times.placing = max(0.0, seconds - times.network - times.decoding - times.converting)
         logger.info(
-            "Loaded %s%s: %s (%s), %s, %d leaves into %d tensors, %s in %.1f s (%s/s): waiting for "
-            "storage and decoding %.1f s, converting %.1f s, placing %.1f s; peak host memory %s%s.",
+            "Loaded %s%s: %s (%s), %s, %d leaves into %d tensors, %s in %.1f s (%s/s): %s; "
+            "peak host memory %s%s.",
             tree.location.items,
             step,
             plan.family.title,
@@ -302,9 +308,7 @@ class LoadProgress:
             _gib(plan.nbytes),
             seconds,
             _gib(plan.nbytes / seconds),
-            self.waited,
-            self.converted,
-            place,
+            times.describe(),
             _gib(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024),
             skipped,
         )

@@ -250,7 +250,8 @@ def read_values(
     """
     leaves = [entry.leaf for entry in plan.leaves]
     chunk = max((leaf.chunk_nbytes for leaf in leaves), default=0)
-    budget = read_budget(None, plan.nbytes, chunk, len(os.sched_getaffinity(0)))
+    cores = len(os.sched_getaffinity(0))
+    budget = read_budget(None, plan.nbytes, chunk, cores, remote=tree.location.items.is_remote)
     found = {leaf.key: ValueStatistics() for leaf in leaves}
     for decoded in read_regions(leaves, tree.arrays, budget, plan.where):
         found[decoded.leaf.key] += statistics(decoded.array)

@@ -13,6 +13,7 @@ from pathlib import Path
 import tensorstore as ts
 
 from vllm_maxtext_loader.checkpoint.storage import gcs
+from vllm_maxtext_loader.checkpoint.storage.ranges import REQUESTS
 from vllm_maxtext_loader.checkpoint.storage.retry import (
     Backoff,
     no_progress_seconds,
@@ -234,6 +235,7 @@ def tensorstore_context() -> ts.Context:
             # OCDBT's B-tree nodes are needed again by every leaf.
             "cache_pool#ocdbt": {"total_bytes_limit": 256 << 20},
             "data_copy_concurrency": {"limit": os.cpu_count() or 1},
+            "gcs_request_concurrency": {"limit": REQUESTS},
             # The default retries for a quarter of an hour.
             "gcs_request_retries": {
                 "max_retries": backoff.retries,

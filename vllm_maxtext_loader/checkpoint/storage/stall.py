@@ -13,7 +13,7 @@ import math
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import tensorstore as ts
 
@@ -51,6 +51,14 @@ def abort_stalled_transfers() -> float:
     return seconds if seconds > 0 and least > 0 else math.inf
 
 
+class Pending(Protocol):
+    """A future: TensorStore's, or one that stands for several."""
+
+    def done(self) -> bool: ...
+
+    def result(self, timeout: float | None = None) -> Any: ...
+
+
 class StallDetector:
     """Waits for the results of one open or load.
 
@@ -66,11 +74,11 @@ class StallDetector:
         self._looked = self._moved = self._event = time.monotonic()
         self._failed: collections.Counter[str] = collections.Counter()
 
-    def result(self, future: ts.Future[Any], what: str) -> Any:
+    def result(self, future: Pending, what: str) -> Any:
         """The future's result, or its error.
 
         Args:
-            future: what TensorStore is at work on.
+            future: what is being read.
             what: part of `where` that is read, for messages.
 
         Raises:
