@@ -139,8 +139,8 @@ class _Ring:
         """`size` bytes, aligned for JAX; None where they are not free. With nothing taken, any size is given."""
         size = math.ceil(size / _ALIGNMENT) * _ALIGNMENT
         if not self._in_use and size > self._size:
-            self._in_use.append((0, self._size))
-            return aligned(size)
+            # Kept for the next one of this size: new memory would cost as much as decoding into it.
+            self._memory, self._size = aligned(size), size
         first, last = (self._in_use[0][0], self._in_use[-1][1]) if self._in_use else (0, 0)
         wrapped = bool(self._in_use) and last <= first
         start = last
