@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from vllm_maxtext_loader import MaxTextLoadError
 from vllm_maxtext_loader.errors import OptionError
-from vllm_maxtext_loader.options import GIB, Options, memory_nbytes, read_budget
+from vllm_maxtext_loader.options import (
+    GIB,
+    Options,
+    available_nbytes,
+    fetch_window,
+    memory_nbytes,
+    read_budget,
+)
 
 
 def test_defaults() -> None:
@@ -73,6 +81,9 @@ def test_unusable_value_names_key_and_value(key: str, value: object) -> None:
 )
 def test_read_budget(nbytes: int, chunk: int, cores: int, budget: int) -> None:
     assert read_budget(None, nbytes, chunk, cores) == budget
+    stored = min(max(nbytes // 8, GIB // 8), GIB)
+    assert read_budget(None, nbytes, chunk, cores, remote=True) == budget + stored
+    assert read_budget(0.5, nbytes, chunk, cores, remote=True) == GIB // 2
     assert read_budget(0.5, nbytes, chunk, cores) == GIB // 2
 
 
@@ -87,3 +98,13 @@ def test_budget_beyond_memory_is_refused_with_both_numbers() -> None:
     assert Options.parse({"concurrent_gib": memory / 2}).concurrent_gib == memory / 2
     with pytest.raises(OptionError, match="concurrent_gib must be a number of GiB > 0, found -1"):
         read_budget(-1, GIB, GIB, 1)
+
+
+def test_stored_bytes_take_no_more_than_is_free() -> None:
+    assert fetch_window(GIB // 8) == GIB // 16
+    assert fetch_window(1 << 50) <= min(GIB, memory_nbytes() // 4)
+    assert 0 < available_nbytes() <= memory_nbytes()
+    held = np.ones(GIB // 4, np.uint8)
+    less = available_nbytes()
+    del held
+    assert less < available_nbytes()

@@ -171,7 +171,7 @@ class Fetcher(threading.Thread):
 
     Args:
         streams: what to fetch; taken in this thread, as far ahead as the window reaches.
-        window: bytes that may be requested and not consumed yet.
+        window: bytes that may be requested and not consumed yet; at least one range is.
         ahead: bytes of the window that one stream may use.
         transfers: what is fetched is added to it.
     """
@@ -182,8 +182,8 @@ class Fetcher(threading.Thread):
         super().__init__(name="maxtext-fetch", daemon=True)
         self.transfers = transfers
         self._streams: Iterator[Stream] | None = streams(self)
-        self._window = window
         self._size = max(_SMALLEST_RANGE, min(_LARGEST_RANGE, window // REQUESTS))
+        self._window = max(window, self._size)
         self._ahead = max(ahead, self._size)
         self._events: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._active: collections.deque[Stream] = collections.deque()
