@@ -1,4 +1,4 @@
-"""What is near a path that is not a checkpoint, so that an error can name what was meant. Nothing here fails."""
+"""What is near a path that is not a checkpoint: an error names what was meant. Nothing here fails."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def surrounding_item(location: Location) -> Location | None:
 def describe_below(
     directory: Location, names: Sequence[str], find: Callable[[Location], ItemLocation | None]
 ) -> str:
-    """A sentence on what would load one level below a directory or, where nothing would, two; "" where nothing would.
+    """A sentence on what would load one level below a directory, or else two levels; "" where nothing would.
 
     Args:
         directory: what was named.
@@ -79,7 +79,8 @@ def describe_below(
             found = [path for path in pool.map(look, second) if path]
     if not found:
         return ""
-    return f" Below it would load: {some(found)}. Give the path, e.g. {directory / found[0].partition(' (step')[0]}."
+    example = directory / found[0].partition(" (step")[0]
+    return f" Below it would load: {some(found)}. Give the path, e.g. {example}."
 
 
 def _directories(directory: Location, names: Sequence[str]) -> list[str]:

@@ -1,10 +1,11 @@
 """Whether a checkpoint was committed, and what a directory without tree metadata is.
 
-When a checkpoint counts as committed (orbax-checkpoint 0.12.8 `_src/path/atomicity.py`): in a bucket, it holds
-`commit_success.txt`; on a disk, it has been renamed from its `….orbax-checkpoint-tmp…` name, or holds the file where
-the writer was set to commit so. Just before, its `_CHECKPOINT_METADATA` has received the commit time; a step that has
-none is refused, wherever it is. The mark belongs to the directory Orbax was called to save to: the step or, where a
-writer saved a single tree (MaxText's parameter-only checkpoints), the item.
+When a checkpoint counts as committed (orbax-checkpoint 0.12.8 `_src/path/atomicity.py`): in a bucket, it
+holds `commit_success.txt`; on a disk, it has been renamed from its `….orbax-checkpoint-tmp…` name, or holds
+the file where the writer was set to commit so. Just before, its `_CHECKPOINT_METADATA` has received the
+commit time; a step that has none is refused, wherever it is. The mark belongs to the directory Orbax was
+called to save to: the step or, where a writer saved a single tree (MaxText's parameter-only checkpoints),
+the item.
 """
 
 from __future__ import annotations
@@ -150,7 +151,8 @@ def refuse_without_tree(listed: Location, names: Sequence[str]) -> NoReturn:
         )
     advice = _ADVICE if STEP_METADATA in marks else f"{_ADVICE} If it is a copy, copy it again."
     raise UncommittedCheckpointError(
-        f"{saved}: holds no finished item: never committed ({', and '.join(lacks)}). Found: {some(names)}. {advice}"
+        f"{saved}: holds no finished item: never committed ({', and '.join(lacks)}). Found: {some(names)}. "
+        f"{advice}"
     )
 
 
@@ -168,7 +170,7 @@ def _was_committed(directory: Location, names: Sequence[str]) -> bool:
 
 
 def _refuse_old_layout(directory: Location, names: Sequence[str]) -> None:
-    """Refuses an item that an Orbax without tree metadata wrote: its msgpack file, or a zarr array by leaf name.
+    """Refuses an item of an Orbax without tree metadata: its msgpack file, or a zarr array by leaf name.
 
     Raises:
         OldLayoutError: it is one.
@@ -184,9 +186,9 @@ def _refuse_old_layout(directory: Location, names: Sequence[str]) -> None:
     for found in expected:
         if (directory / found).is_file():
             raise OldLayoutError(
-                f"{directory}: has {found} but no {TREE_METADATA}: it was written by an Orbax of 2023 or before, which "
-                "recorded no tree metadata. Re-save it: restore it with the Orbax and MaxText that wrote it, and save "
-                "it with a current Orbax."
+                f"{directory}: has {found} but no {TREE_METADATA}: it was written by an Orbax of 2023 or before, "
+                "which recorded no tree metadata. Re-save it: restore it with the Orbax and MaxText that wrote "
+                "it, and save it with a current Orbax."
             )
 
 

@@ -1,8 +1,8 @@
 """From what a user typed to the one directory that holds the weights.
 
-MaxText writes `<run>/checkpoints/<step>/<item>/…`; a user may name the run, its checkpoint directory, a step or the
-item itself. `run` says which directory is the step, `items` which item holds the model, `commit` whether it was
-finished, `around` what is near a path that is not a checkpoint.
+MaxText writes `<run>/checkpoints/<step>/<item>/…`; a user may name the run, its checkpoint directory, a step
+or the item itself. `run` says which directory is the step, `items` which item holds the model, `commit`
+whether it was finished, `around` what is near a path that is not a checkpoint.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def locate(path: str | os.PathLike[str], step: int | None = None) -> ItemLocatio
 
     Raises:
         CheckpointNotFoundError, NotACheckpointError, UncommittedCheckpointError, StepNotFoundError,
-        OldLayoutError, UnknownModelError, CorruptMetadataError, StorageError: each with what was found instead.
+        OldLayoutError, UnknownModelError, CorruptMetadataError, StorageError: each with what was found.
     """
     requested = Location.parse(path)
     search = _Search(requested, step)
@@ -254,7 +254,7 @@ def _committed(
 
 
 def _step_directory(saved: Location, items: Location) -> Location | None:
-    """The directory whose name tells the training step: the one that bears Orbax's marks, or near the item."""
+    """The directory whose name tells the training step: the one with Orbax's marks, or near the item."""
     near = [saved] if saved != items else [each for each in (items, items.parent) if each is not None]
     named = [directory for directory in near if _number(directory.name) is not None]
     # An item may be called "params_2".

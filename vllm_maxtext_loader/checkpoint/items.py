@@ -1,7 +1,7 @@
 """Which item of a step holds the model.
 
-An item is a directory with a `_METADATA` file. Where a step holds one, it is taken. Where it holds several, their tree
-metadata decides, not their names; `items` (MaxText) and `model_params` (Tunix) come first.
+An item is a directory with a `_METADATA` file. Where a step holds one, it is taken. Where it holds several,
+their tree metadata decides, not their names; `items` (MaxText) and `model_params` (Tunix) come first.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def candidates(names: Sequence[str]) -> list[str]:
 
 
 def find_items(directory: Location, names: Sequence[str]) -> list[Item]:
-    """The items that `directory` is or, as a step, holds; without others where the first is MaxText's or Tunix's.
+    """The items that `directory` is or, as a step, holds; one alone where it is MaxText's or Tunix's.
 
     A single candidate is looked up only. Where there are several, their tree metadata is read.
     """
@@ -107,21 +107,23 @@ def choose_item(directory: Location, found: Sequence[Item]) -> Location:
         return found[0].location
     if damaged := [item.location.name for item in found if item.keys is None]:
         raise CorruptMetadataError(
-            f"{directory}: holds several items, and the {TREE_METADATA} of {some(damaged)} is damaged. Give the path of "
-            f"the item that holds the model ({_paths(found)}), copy the checkpoint again, or choose another step."
+            f"{directory}: holds several items, and the {TREE_METADATA} of {some(damaged)} is damaged. Give the "
+            f"path of the item that holds the model ({_paths(found)}), copy the checkpoint again, or choose "
+            "another step."
         )
     models = [item for item in found if holds_model(item.keys or ())]
     if len(models) == 1:
         return models[0].location
     if models:
+        named = some(item.location.name for item in models)
         raise UnknownModelError(
-            f"{directory}: {len(models)} items hold a MaxText model ({some(item.location.name for item in models)}). "
+            f"{directory}: {len(models)} items hold a MaxText model ({named}). "
             f"Give the path of the one to load: {_paths(models)}."
         )
     inside = "; ".join(f"{item.location.name} (top-level keys: {_top(item)})" for item in found)
     raise UnknownModelError(
-        f"{directory}: no item holds a MaxText model. Items: {inside}. If the model is in one of them, give its path, "
-        f"e.g. {found[0].location}."
+        f"{directory}: no item holds a MaxText model. Items: {inside}. If the model is in one of them, give its "
+        f"path, e.g. {found[0].location}."
     )
 
 

@@ -45,7 +45,7 @@ def holds_arrays(names: Iterable[str]) -> bool:
 def naming_schemes(names: Iterable[str]) -> dict[str, Steps]:
     """What could be steps, by the prefix of the directories' names; "" for plain numbers.
 
-    As in Orbax, one run has one scheme (`_StandardNameFormat` of orbax-checkpoint 0.12.8, `_src/path/step.py`).
+    As in Orbax, one run has one scheme (orbax-checkpoint 0.12.8, `step._StandardNameFormat`).
     """
     schemes: dict[str, Steps] = {}
     for name in names:

@@ -1,7 +1,7 @@
 """Which directory of a run is its step: the one that was asked for, or the newest that was committed.
 
-As in Orbax, the steps of a run are named alike: by a number, or by one prefix and a number. Where there are numbers,
-what has a prefix is a backup or an export. Only directories that hold a checkpoint count.
+As in Orbax, the steps of a run are named alike: by a number, or by one prefix and a number. Where there are
+numbers, what has a prefix is a backup or an export. Only directories that hold a checkpoint count.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _MOST_PER_PREFIX = 3
 """The same where several prefixes could be the run's."""
 
 _NO_CHECKPOINT = (NotACheckpointError, CheckpointNotFoundError)
-"""What a directory that holds no checkpoint raises; it may also be deleted while its neighbours are looked at."""
+"""What a directory without a checkpoint raises; it may also be deleted while its neighbours are looked at."""
 
 
 class Run:
@@ -58,7 +58,7 @@ class Run:
         self._schemes = naming_schemes(names)
 
     def numbered(self, step: int | None) -> ItemLocation | None:
-        """The step among the directories that are named by a number alone; None where none holds a checkpoint.
+        """The step among the directories named by a number alone; None where none holds a checkpoint.
 
         Raises:
             StepNotFoundError: the wanted step is not there, or two directories have its number.
@@ -79,8 +79,8 @@ class Run:
         if len(prefixes) > 1:
             newest = [self._schemes[prefix][max(self._schemes[prefix])][0] for prefix in prefixes]
             raise StepNotFoundError(
-                f"{self.directory}: holds checkpoints under several names, newest of each: {some(newest)}. Which of them "
-                f"are the run's steps is not recorded. Give the path of a step's directory, e.g. "
+                f"{self.directory}: holds checkpoints under several names, newest of each: {some(newest)}. Which "
+                f"of them are the run's steps is not recorded. Give the path of a step's directory, e.g. "
                 f"{self.directory / newest[0]}."
             )
         return self._of_scheme(prefixes[0], step) if prefixes else None
@@ -98,8 +98,8 @@ class Run:
         strange = [name for name, error in self.refused.items() if isinstance(error, NotACheckpointError)]
         if located is not None and (passed := list(dict.fromkeys([*others, *strange]))):
             note = (
-                f"{self.directory}: passed over {some(passed)}: not named as the steps are, or no checkpoint. To load one "
-                "of them, give its path."
+                f"{self.directory}: passed over {some(passed)}: not named as the steps are, or no checkpoint. "
+                "To load one of them, give its path."
             )
             self.notes.append((logging.INFO, note))
         return located
@@ -147,8 +147,8 @@ class Run:
         """
         if len(names) > 1 and len(holding := [name for name in names if self._holds(name)]) > 1:
             raise StepNotFoundError(
-                f"{self.directory}: {' and '.join(holding)} are both step {number}. Give the path of the one to load, e.g. "
-                f"{self.directory / holding[0]}."
+                f"{self.directory}: {' and '.join(holding)} are both step {number}. Give the path of the one to "
+                f"load, e.g. {self.directory / holding[0]}."
             )
         found = [self._look(name) for name in names]
         best = next((each for each in found if not isinstance(each, _NO_CHECKPOINT)), found[0])

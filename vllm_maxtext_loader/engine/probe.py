@@ -89,7 +89,7 @@ def answer() -> None:
 
 
 if __name__ == "__main__":
-    # vLLM sets up logging in its own processes; here nobody does, and what is said of a run's steps is logged as INFO.
+    # vLLM sets up logging in its own processes only. Which directories were passed over is logged as INFO.
     logging.basicConfig(format="%(levelname)s %(message)s")
     logging.getLogger("vllm").setLevel(os.environ.get("VLLM_LOGGING_LEVEL", "INFO").upper())
     answer()

@@ -270,7 +270,7 @@ def _preset(plan: Plan, model_name: str | None) -> tuple[Preset | None, tuple[Pr
 
 
 def _steps(location: ItemLocation) -> tuple[Step, ...]:
-    """The steps of the run the checkpoint belongs to, with temporary directories, and what resembles steps."""
+    """The steps of the checkpoint's run, with temporary directories, and what resembles steps."""
     step_dir = location.step_directory
     run = step_dir and step_dir.parent
     if run is None or step_dir is None:

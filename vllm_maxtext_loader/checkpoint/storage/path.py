@@ -62,7 +62,8 @@ class Location:
         if separator and not os.path.lexists(text):
             shown, elsewhere = redact(text.partition("?")[0]), ""
             if scheme.lower() in _OTHER_STORAGE:
-                elsewhere = f" Copy the checkpoint first, e.g. with `gcloud storage cp --recursive {shown} gs://BUCKET/path`."
+                copy = f"gcloud storage cp --recursive {shown} gs://BUCKET/path"
+                elsewhere = f" Copy the checkpoint first, e.g. with `{copy}`."
             raise CheckpointNotFoundError(
                 f"{shown}: the scheme {scheme}:// is not supported. Give a local path or a gs:// URL.{elsewhere}"
             )

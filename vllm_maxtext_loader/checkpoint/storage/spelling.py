@@ -15,7 +15,7 @@ from vllm_maxtext_loader.checkpoint.storage.web_address import refuse_web_addres
 from vllm_maxtext_loader.errors import CheckpointNotFoundError
 
 _AROUND = " \t\r\n\"'`\u201c\u201d\u2018\u2019<>()[]{},;\u00a0\u200b\ufeff"
-"""What a pasted path has around it: quotes of all kinds, brackets of chat and mail programs, invisible spaces."""
+"""What a pasted path has around it: quotes of all kinds, brackets of chat programs, invisible spaces."""
 
 _WEB = re.compile(r"(?i)(?:^|[^a-z0-9])https?:[/\\]+(?P<rest>.+)", re.DOTALL)
 _GS = re.compile(r"(?i)(?:^(?:gc?s)[:;]|(?:^|.*[^a-z0-9])gc?s[:;][/\\])[/\\]*(?P<rest>.+)", re.DOTALL)
