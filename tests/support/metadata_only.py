@@ -2,77 +2,85 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import json
 import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from support.checkpoints import cases
-from vllm_maxtext_loader.families.gemma4 import RULES, Dims, Scope
+from support.checkpoints import FIXTURES, cases
+from vllm_maxtext_loader.conversion.dims import ModelDims
+from vllm_maxtext_loader.conversion.family import Scope, WeightConverter
+from vllm_maxtext_loader.families import by_name, find_preset
 
 PERIOD = 6
-"""Layers of a scanned block: five with a sliding window, then one with full attention."""
+"""Layers of a scanned block of Gemma 4: five with a sliding window, then one with full attention."""
 
 
-def published(name: str, *, layers: int | None = None, vision: bool = False, **changes: Any) -> Dims:
+def published(name: str, *, layers: int | None = None, vision: bool = False, **changes: int) -> ModelDims:
     """Dimensions of a published model.
 
     Args:
         name: MaxText's name of it.
         layers: its first layers only; None means all.
-        vision: with its vision tower.
-        changes: fields that differ.
+        vision: with its vision tower (Gemma 4).
+        changes: sizes that differ.
     """
     from transformers import Gemma4Config
 
-    from support.checkpoints import FIXTURES
-
-    record = json.loads((FIXTURES / "published.json").read_text())[name]
-    dims = Dims.from_config(Gemma4Config(**record))
+    family, preset = find_preset(name)
+    dims = preset.dims
+    if vision:
+        record = json.loads((FIXTURES / "published.json").read_text())[name]
+        dims = family.from_config(Gemma4Config(**record))
     kept = dims.layers if layers is None else dims.layers[:layers]
-    return dataclasses.replace(dims, layers=kept, vision=dims.vision if vision else None, **changes)
+    return dataclasses.replace(dims, layers=kept).with_sizes(**changes)
 
 
-def leaves(dims: Dims) -> dict[str, tuple[int, ...]]:
-    """MaxText leaves (below `params`) and their shapes; scanned (v2) where layers come in blocks."""
+def leaves(dims: ModelDims) -> dict[str, tuple[int, ...]]:
+    """MaxText leaves (below `params`) and their shapes; scanned where layers come in blocks."""
+    family = by_name(dims.family)
     found: dict[str, tuple[int, ...]] = {}
-    parts: dict[str, set[int | None]] = collections.defaultdict(set)
-    blocks = len(dims.layers) // PERIOD
-    scanned = dims.ple is None and dims.layers == dims.layers[:PERIOD] * blocks
-    for rule in RULES:
-        for index in dims.repeats(rule.scope):
-            name = dims.hf_name(rule, index)
-            decoder = rule.scope is Scope.LAYER
-            dense = decoder and rule.leaf.startswith(("mlp.wi_", "mlp.wo")) and dims.experts is not None
-            shared = "shared_experts" in rule.leaf and dims.experts is None
-            # Prefused experts are another way of storing the same tensor.
-            if not dims.demands(rule, index) or dense or shared or rule.leaf.endswith("MoeBlock_0.wi"):
-                continue
-            parts[name].add(rule.move.part)
-            shape = rule.move.maxtext_shape(dims.sizes(rule.scope, index))
-            match rule.scope:
-                case Scope.MODEL:
-                    found[rule.leaf] = shape
-                case Scope.LAYER if not scanned:
-                    found[f"decoder.layers_{index}.{rule.leaf}"] = shape
-                case Scope.LAYER if index == 0:
-                    stack = (blocks, PERIOD - 1)
-                    found[f"decoder.scanned_blocks.local_layers.{rule.leaf}"] = (shape[0], *stack, *shape[1:])
-                case Scope.LAYER if index == PERIOD - 1:
-                    found[f"decoder.scanned_blocks.global_layer.{rule.leaf}"] = (
-                        shape[0],
-                        blocks,
-                        *shape[1:],
-                    )
-                case Scope.VISION:
-                    found[f"{_vision_prefix(rule.leaf)}.{rule.leaf}"] = shape
-                case Scope.VISION_LAYER:
-                    found[f"vision_encoder.Gemma4VisionEncoderLayer_0.layer_{index}.{rule.leaf}"] = shape
+    moe = "moe" in dims.tags
+    for row in family.converters:
+        # Prefused experts are another way of storing the same tensor; so are the MLP and the shared expert.
+        shared = "shared_experts" in row.leaf
+        dense = dims.family == "gemma4" and row.leaf.startswith(("mlp.wi_", "mlp.wo"))
+        if "gate_up" in row.rearrange.maxtext_axes or (shared and not moe) or (dense and moe):
+            continue
+        for index in family.repeats(dims, row.scope):
+            if family.demands(dims, row, index):
+                shape = row.rearrange.maxtext_shape(family.sizes(dims, row.scope, index))
+                found |= _placed(dims, row, index, shape)
     return found
+
+
+def _placed(
+    dims: ModelDims, row: WeightConverter, index: int, shape: tuple[int, ...]
+) -> dict[str, tuple[int, ...]]:
+    """The leaf of a row that layer `index` is stored in, with its shape; nothing where another layer gives it."""
+    match row.scope:
+        case Scope.VISION:
+            return {f"{_vision_prefix(row.leaf)}.{row.leaf}": shape}
+        case Scope.VISION_LAYER:
+            return {f"vision_encoder.Gemma4VisionEncoderLayer_0.layer_{index}.{row.leaf}": shape}
+        case Scope.LAYER:
+            pass
+        case _:
+            return {row.leaf: shape}
+    groups = [group.pattern for group in by_name(dims.family).groups]
+    if groups[0] == r"decoder\.layers":
+        return {f"decoder.layers.{row.leaf}": (shape[0], len(dims.layers), *shape[1:])}
+    blocks = len(dims.layers) // PERIOD
+    if dims.family != "gemma4" or "ple" in dims.tags or dims.layers != dims.layers[:PERIOD] * blocks:
+        return {f"decoder.layers_{index}.{row.leaf}": shape}
+    if index == 0:
+        stacked = (shape[0], blocks, PERIOD - 1, *shape[1:])
+        return {f"decoder.scanned_blocks.local_layers.{row.leaf}": stacked}
+    if index == PERIOD - 1:
+        return {f"decoder.scanned_blocks.global_layer.{row.leaf}": (shape[0], blocks, *shape[1:])}
+    return {}
 
 
 def _vision_prefix(leaf: str) -> str:

@@ -25,9 +25,10 @@ from vllm.model_executor.model_loader.weight_utils import enable_tqdm
 
 from vllm_maxtext_loader.api import numpy_dtype
 from vllm_maxtext_loader.checkpoint.statistics import count_nonfinite, sample
+from vllm_maxtext_loader.engine.times import LoadTimes
 from vllm_maxtext_loader.errors import EngineError, IncompleteLoadError
 from vllm_maxtext_loader.options import DIRECT_VARIABLE, Options
-from vllm_maxtext_loader.progress import LoadTimes, byte_bar
+from vllm_maxtext_loader.progress import byte_bar
 from vllm_maxtext_loader.tpu import dry_load
 
 if TYPE_CHECKING:

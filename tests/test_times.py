@@ -7,7 +7,7 @@ import re
 import pytest
 
 from vllm_maxtext_loader.checkpoint.storage.ranges import Transfers
-from vllm_maxtext_loader.progress import LoadTimes
+from vllm_maxtext_loader.engine.times import LoadTimes
 
 GIB = 1 << 30
 FETCHED = Transfers(requests=500, nbytes=3 * GIB, seconds=6.0, request_seconds=600.0)
