@@ -107,4 +107,4 @@ def test_stored_bytes_take_no_more_than_is_free() -> None:
     held = np.ones(GIB // 4, np.uint8)
     less = available_nbytes()
     del held
-    assert less < available_nbytes()
+    assert less <= available_nbytes()

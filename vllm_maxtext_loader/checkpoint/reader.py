@@ -196,7 +196,7 @@ def read_regions(
         StorageError: the storage refuses, or does not answer within the time limit; likewise.
     """
     leaves = list(leaves)
-    remote = any(is_remote(arrays[leaf.key]) for leaf in leaves)
+    remote = any(is_remote(arrays[leaf.key]) for leaf in leaves if leaf.key in arrays)
     window = fetch_window(budget) if remote else 0
     limit = max(1, (budget - window) // _REGIONS_IN_FLIGHT)
     regions = (
