@@ -25,6 +25,7 @@ from vllm_maxtext_loader.conversion.config_check import VOCAB
 from vllm_maxtext_loader.conversion.convert import convert
 from vllm_maxtext_loader.conversion.plan import Plan, make_plan
 from vllm_maxtext_loader.conversion.published import published_tensors
+from vllm_maxtext_loader.conversion.vocabulary import refuse_used_rows
 from vllm_maxtext_loader.dtypes import BFLOAT16, FLOATS
 from vllm_maxtext_loader.options import read_budget
 
@@ -71,10 +72,12 @@ class Checkpoint:
             config: a transformers configuration of the model's family.
 
         Raises:
-            ConfigMismatchError: the configuration contradicts the shapes.
+            ConfigMismatchError: the configuration contradicts the shapes, or would drop vocabulary rows that are
+                not zero; only such rows are read.
         """
         wanted = families.dims_of_config(config, self.plan.where)
         plan = make_plan(self.tree, self.plan.family, wanted)
+        refuse_used_rows(self.tree, plan)
         return Checkpoint(self.tree, plan, self.model_name, self.concurrent_bytes, configured=True)
 
     def hf_config(self) -> PretrainedConfig:
@@ -163,6 +166,9 @@ class Checkpoint:
 
         With a configuration its vocab_size decides. Without one, rows past the published vocabulary, or zero rows
         at the end of a table of another size, are MaxText's padding.
+
+        Raises:
+            ConfigMismatchError: rows past the published vocabulary are not zero.
         """
         if self.configured or self._vocab_known:
             return self.plan
@@ -175,8 +181,10 @@ class Checkpoint:
             leaf = self.tree.leaves[".".join(EMBEDDING_LEAF)]
             vocab -= trailing_zero_rows(leaf, self.tree.arrays, self.plan.where)
         if vocab != stored:
+            plan = make_plan(self.tree, self.plan.family, self.plan.dims.with_sizes(vocab=vocab))
+            refuse_used_rows(self.tree, plan)
             logger.info("Dropping %d padded vocabulary rows of %s", stored - vocab, self.plan.where)
-            self.plan = make_plan(self.tree, self.plan.family, self.plan.dims.with_sizes(vocab=vocab))
+            self.plan = plan
         if self.plan.family.config_tags:
             # How some values are stored is told by no shape: a preset decides, or the user is asked.
             preset = choose_preset(self.plan.dims, self.model_name, self.plan.where)

@@ -381,3 +381,33 @@ def trailing_zero_rows(leaf: Leaf, arrays: dict[str, ts.TensorStore], where: str
         rows = ts.array(np.concatenate(read))
         arrays[leaf.key] = ts.overlay([array, rows[ts.d[0].translate_to[stop]]])
     return zeros
+
+
+def count_nonzero_rows(
+    leaf: Leaf, arrays: Mapping[str, ts.TensorStore], where: str, axis: int, first: int
+) -> int:
+    """Number of rows from `first` on that hold a value other than zero, read one row of chunks at a time.
+
+    Args:
+        leaf: any array.
+        arrays: opened arrays by leaf key.
+        where: path, for messages.
+        axis: what counts as a row: an index along this axis.
+        first: row to begin at.
+
+    Raises:
+        ReadError: a chunk is missing, truncated or corrupt.
+        StorageError: the storage refuses or does not answer.
+    """
+    array, chunk, used = arrays[leaf.key], leaf.chunks[axis], 0
+    watch = StallDetector(where)
+    try:
+        while first < leaf.shape[axis]:
+            last = min((first // chunk + 1) * chunk, leaf.shape[axis])
+            region = (slice(None),) * axis + (slice(first, last),)
+            rows = np.moveaxis(_result(watch, array[region].read(order="C"), leaf), axis, 0)
+            used += int(np.count_nonzero(np.any(rows.reshape(len(rows), -1) != 0, axis=1)))
+            first = last
+    finally:
+        watch.close()
+    return used

@@ -39,7 +39,8 @@ def reconcile(
     found = dataclasses.replace(found, tags=found.tags | (wanted.tags & family.config_tags))
     if found.sizes[VOCAB] > wanted.sizes[VOCAB]:
         notes.append(
-            f"{found.sizes[VOCAB] - wanted.sizes[VOCAB]} rows beyond vocab_size {wanted.sizes[VOCAB]} are padding: dropped"
+            f"{found.sizes[VOCAB] - wanted.sizes[VOCAB]} rows beyond vocab_size {wanted.sizes[VOCAB]} are zero "
+            "(padding): dropped"
         )
     if found.sizes[VOCAB] < wanted.sizes[VOCAB] <= found.sizes[VOCAB] + family.added_vocab:
         notes.append(

@@ -12,6 +12,8 @@ import logging
 import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 from vllm_maxtext_loader import errors
 from vllm_maxtext_loader.checkpoint.storage.retry import TIMEOUT_VARIABLE, no_progress_seconds
@@ -30,31 +32,74 @@ class Probe:
     Attributes:
         items: path or URL of the item directory: the exact step, whatever is committed later.
         dims: the model's dimensions.
+        tokenizer: local directory of the tokenizer, where `probe` was given a path or a gs:// URL of one.
     """
 
     items: str
     dims: ModelDims
+    tokenizer: str | None = None
 
 
-def probe(source: str, step: int | None, *, trim: bool) -> Probe:
+def probe(
+    source: str,
+    step: int | None,
+    *,
+    trim: bool,
+    tokenizer: str | None = None,
+    tokenizer_cache: Path | None = None,
+) -> Probe:
     """Opens and plans a checkpoint in a child process.
 
     Args:
         source: path or URL, as `open_checkpoint` takes it.
         step: likewise.
         trim: do not count padded vocabulary rows; for when no configuration tells the vocabulary's size.
+        tokenizer: what the user gave as tokenizer; a Hugging Face name is left alone.
+        tokenizer_cache: directory below which a tokenizer from a bucket is stored.
 
     Raises:
         MaxTextLoadError: what `open_checkpoint` raised there, by the same name.
+        EngineError: `tokenizer` is a checkpoint, or a URL without a tokenizer; nothing of it was copied.
     """
-    request = json.dumps({"path": source, "step": step, "trim": trim})
+    request = {"path": source, "step": step, "trim": trim}
+    if tokenizer is not None and _is_path(tokenizer):
+        request |= {"tokenizer": tokenizer, "cache": str(tokenizer_cache)}
+    found = _ask(request, source)
+    return Probe(found["items"], ModelDims.from_json(found["dims"]), found.get("tokenizer"))
+
+
+def check_vocabulary(items: str, vocab: int) -> None:
+    """Reads the vocabulary rows past `vocab` in a child process.
+
+    Raises:
+        ConfigMismatchError: one of them is not zero.
+        MaxTextLoadError: the checkpoint cannot be read.
+    """
+    _ask({"path": items, "step": None, "trim": False, "vocab": vocab}, items)
+
+
+def _is_path(tokenizer: str) -> bool:
+    """Whether this is a path or a gs:// URL; else it is a Hugging Face name, or a URL that vLLM knows to handle."""
+    scheme, separator, _ = tokenizer.partition("://")
+    if separator:
+        return scheme.lower() in ("gs", "gcs", "file")
+    return os.path.exists(os.path.expanduser(tokenizer))
+
+
+def _ask(request: dict[str, Any], source: str) -> dict[str, Any]:
+    """The child's answer to a request about `source`; raises what the child raised."""
     # -P: Python would put the current directory first on the child's path, and run a json.py that lies there.
     command = [sys.executable, "-P", "-m", "vllm_maxtext_loader.engine.probe"]
     seconds = _LIMITS * no_progress_seconds()
     try:
         # Its stderr is the terminal's: warnings are for the user.
         done = subprocess.run(
-            command, input=request, stdout=subprocess.PIPE, text=True, check=False, timeout=seconds
+            command,
+            input=json.dumps(request),
+            stdout=subprocess.PIPE,
+            text=True,
+            check=False,
+            timeout=seconds,
         )
     except subprocess.TimeoutExpired as error:
         raise errors.EngineError(
@@ -71,21 +116,35 @@ def probe(source: str, step: int | None, *, trim: bool) -> Probe:
     if "error" in found:
         kind = getattr(errors, found["error"], errors.MaxTextLoadError)
         raise kind(found["message"])
-    return Probe(found["items"], ModelDims.from_json(found["dims"]))
+    return found
 
 
 def answer() -> None:
     """The child process: a request on stdin, one marked line on stdout."""
-    from vllm_maxtext_loader.api import open_checkpoint
-
     request = json.load(sys.stdin)
     try:
-        checkpoint = open_checkpoint(request["path"], step=request["step"])
-        dims = (checkpoint.trimmed_plan() if request["trim"] else checkpoint.plan).dims
-        found: dict[str, object] = {"items": checkpoint.location.items.url, "dims": dims.to_json()}
+        found = _look(request)
     except errors.MaxTextLoadError as error:
         found = {"error": type(error).__name__, "message": str(error)}
     print(_MARK + json.dumps(found), flush=True)
+
+
+def _look(request: dict[str, Any]) -> dict[str, Any]:
+    from vllm_maxtext_loader.api import open_checkpoint
+    from vllm_maxtext_loader.conversion.plan import make_plan
+    from vllm_maxtext_loader.conversion.vocabulary import refuse_used_rows
+
+    checkpoint = open_checkpoint(request["path"], step=request["step"])
+    dims = (checkpoint.trimmed_plan() if request["trim"] else checkpoint.plan).dims
+    if "vocab" in request:
+        plan = make_plan(checkpoint.tree, checkpoint.plan.family, dims.with_sizes(vocab=request["vocab"]))
+        refuse_used_rows(checkpoint.tree, plan)
+    found: dict[str, Any] = {"items": checkpoint.location.items.url, "dims": dims.to_json()}
+    if "tokenizer" in request:
+        from vllm_maxtext_loader.engine.tokenizer import local_tokenizer
+
+        found["tokenizer"] = local_tokenizer(request["tokenizer"], checkpoint.location, request["cache"])
+    return found
 
 
 if __name__ == "__main__":
