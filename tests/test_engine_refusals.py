@@ -110,8 +110,8 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
         "--model-impl transformers: --load-format maxtext loads into vLLM's own",
     ),
     "draft": (
-        {"speculative_config": {"method": "eagle3", "model": "/draft", "num_speculative_tokens": 2}},
-        "--speculative-config (method eagle3, model /draft): a MaxText checkpoint holds no draft model",
+        {"speculative_config": {"method": "draft_model", "model": "/draft", "num_speculative_tokens": 2}},
+        "--speculative-config (method draft_model, model /draft): of the methods with a draft model, --load-format",
     ),
 }
 """Engine arguments that cannot be served, and the beginning of the refusal."""

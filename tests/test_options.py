@@ -34,6 +34,27 @@ def test_every_key() -> None:
     assert Options.parse(given) == Options(**given)
 
 
+def test_json_is_the_same_as_a_dictionary() -> None:
+    assert Options.parse('{"step": 7, "checkpoint": "gs://b/run"}') == Options(
+        step=7, checkpoint="gs://b/run"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("{step: 7}", "is not JSON"), ("", "is not JSON"), ("[7]", "must be a dictionary or a JSON object")],
+)
+def test_what_is_not_a_json_object_is_refused(text: str, says: str) -> None:
+    with pytest.raises(OptionError, match=says):
+        Options.parse(text)
+
+
+def test_given_options_are_parsed_to_the_same() -> None:
+    options = Options(checkpoint="gs://b/run", fold_expert_scales=False)
+    assert options.given() == {"checkpoint": "gs://b/run", "fold_expert_scales": False}
+    assert Options.parse(options.given()) == options
+
+
 def test_unknown_key_is_refused_with_the_list() -> None:
     with pytest.raises(OptionError) as caught:
         Options.parse({"chekpoint": "x"})

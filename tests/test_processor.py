@@ -14,7 +14,8 @@ import pytest
 from support.checkpoints import cases
 from tiny_tokenizer import write_tokenizer
 from vllm_maxtext_loader import errors
-from vllm_maxtext_loader.engine.args import processor_files, warn_without_bos, write_config_dir
+from vllm_maxtext_loader.engine.args import warn_without_bos
+from vllm_maxtext_loader.engine.config_dir import processor_files, write_config_dir
 from vllm_maxtext_loader.engine.probe import probe
 
 
@@ -23,6 +24,9 @@ def arguments(tokenizer: Path | str | None) -> Any:
     return SimpleNamespace(
         tokenizer=None if tokenizer is None else str(tokenizer),
         tokenizer_revision=None,
+        revision=None,
+        language_model_only=False,
+        limit_mm_per_prompt=None,
         download_dir=None,
         hf_token=None,
     )
@@ -54,6 +58,7 @@ def test_processor_lies_beside_the_configuration(
         directory = write_config_dir(found, "gemma4-26b", files)
     assert {path.name for path in directory.iterdir()} == {
         "config.json",
+        "generation_config.json",
         "tokenizer.json",
         "processor_config.json",
         "preprocessor_config.json",
@@ -141,8 +146,9 @@ def test_configuration_is_readable_by_others_and_leaves_nothing_behind(
         directory = write_config_dir(probe(str(cases()["dense_v2"].items), None, trim=True), "gemma4-31b")
     finally:
         os.umask(before)
-    assert [path.name for path in directory.iterdir()] == ["config.json"]
-    assert (directory / "config.json").stat().st_mode & 0o777 == 0o644
+    files = sorted(directory.iterdir())
+    assert [path.name for path in files] == ["config.json", "generation_config.json"]
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o644}
 
 
 def test_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

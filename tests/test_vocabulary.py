@@ -88,6 +88,18 @@ def test_any_value_but_zero_counts(edited: Callable[..., Path], smaller: Any, va
         open_checkpoint(edited(CASE, edit)).with_config(smaller)
 
 
+def test_per_layer_vocabulary_is_never_cut(twin: Callable[[str], Path]) -> None:
+    """E2B's second table: its rows are not dropped on the word of a configuration, zero or not."""
+    config = transformers.AutoConfig.from_pretrained(twin("e2b"))
+    rows = config.vocab_size_per_layer_input
+    config.vocab_size_per_layer_input = rows - 20
+    with pytest.raises(
+        ConfigMismatchError,
+        match=rf"vocab_size_per_layer_input: configuration {rows - 20}, checkpoint {rows}",
+    ):
+        open_checkpoint(cases()["e2b"].items).with_config(config)
+
+
 def published_tree(name: str, rows: int) -> trees.Tree:
     """A published model's tree with an embedding of so many rows, none of them written: all zero."""
     dims = PRESETS[name].dims()

@@ -2,8 +2,9 @@
 
 All of them are `MaxTextLoadError`. Storage faults are also `OSError`s, wrong input and configuration `ValueError`s.
 A message names the path, the leaf, what was expected and found, and what to do about it.
-All are raised from metadata, before any array data is read, except `ReadError`, `IncompleteLoadError` and, where the
-storage fails later, `StorageError`. Every message is escaped here (`printable`).
+All are raised from metadata, before any array data is read, except `ReadError`, `IncompleteLoadError`, where the
+storage fails later, `StorageError`, and, for vocabulary rows that would be dropped, `ConfigMismatchError`. Every message
+is escaped here (`printable`).
 """
 
 from __future__ import annotations

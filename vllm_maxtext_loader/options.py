@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,11 +15,18 @@ from vllm_maxtext_loader.errors import OptionError
 LOAD_FORMAT = "maxtext"
 """What `--load-format` is for this loader."""
 
+TRAVELLING = "_maxtext_config_dir"
+"""Attribute of a vLLM ModelConfig with the files of the directory that was made for a checkpoint (`engine.config_dir`)."""
+
 GIB = 1 << 30
 
 DIRECT_VARIABLE = "VLLM_MAXTEXT_DIRECT"
 """Environment variable, for tpu-inference. 0: load through Hugging Face tensors and `model.load_weights` there, too. "device": fill
 arrays by operations of the device even where its memory is the host's, so that what an accelerator does can be tested without one."""
+
+
+VARIABLES = (DIRECT_VARIABLE, "VLLM_MAXTEXT_CPU_KERNELS", "VLLM_MAXTEXT_DEBUG", "VLLM_MAXTEXT_TIMEOUT")
+"""All environment variables of this package. vLLM warns of a VLLM_… that it does not know; `plugin` makes these known."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,15 +52,29 @@ class Options:
     concurrent_gib: float | None = None
     checksums: str | None = None
 
+    def given(self) -> dict[str, Any]:
+        """The options that are not the default, as `parse` takes them."""
+        default = Options()
+        return {
+            field.name: value
+            for field in dataclasses.fields(self)
+            if (value := getattr(self, field.name)) != getattr(default, field.name)
+        }
+
     @classmethod
-    def parse(cls, extra_config: Mapping[str, Any] | None) -> Options:
-        """Validates the dictionary the user gave.
+    def parse(cls, extra_config: Mapping[str, Any] | str | None) -> Options:
+        """Validates the dictionary, or its JSON, that the user gave.
 
         Raises:
-            OptionError: an unknown key (with the list of known ones), a value of the wrong type, or a
+            OptionError: not a JSON object, an unknown key (with the list of known ones), a value of the wrong type, or a
                 `concurrent_gib` beyond this machine's memory.
         """
-        config = dict(extra_config or {})
+        config = _json_object(extra_config) if isinstance(extra_config, str) else extra_config or {}
+        if not isinstance(config, Mapping):
+            raise OptionError(
+                f"--model-loader-extra-config must be a dictionary or a JSON object, found {extra_config!r}."
+            )
+        config = dict(config)
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(set(config) - set(known))
         if unknown:
@@ -82,6 +104,13 @@ class Options:
         if options.concurrent_gib is not None:
             _budget(options.concurrent_gib)
         return options
+
+
+def _json_object(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise OptionError(f"--model-loader-extra-config is not JSON ({error}): {text!r}.") from error
 
 
 def read_budget(

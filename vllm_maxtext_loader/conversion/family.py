@@ -167,6 +167,7 @@ class Preset:
         fields: settings for config.json, by field of the text configuration.
         top_k: experts per token; None for dense models.
         stops: eos_token_id of the published generation_config.json of the instruction-tuned model.
+        base_stops: likewise, of the model that is not instruction-tuned.
     """
 
     name: str
@@ -175,6 +176,7 @@ class Preset:
     fields: Mapping[str, Any]
     top_k: int | None = None
     stops: tuple[int, ...] = ()
+    base_stops: tuple[int, ...] = ()
 
 
 def _unchanged(dims: ModelDims, layout: Layout, where: str) -> ModelDims:

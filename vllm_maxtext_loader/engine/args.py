@@ -1,78 +1,121 @@
 """vLLM's side: `model` may be a MaxText checkpoint. `plugin` patches EngineArgs; what it then does is here.
 
-vLLM expects `model` to be a Hugging Face name or directory: it would mirror a bucket, or look for config.json. Before
-vLLM makes its configuration, `model` is replaced by a small local directory that holds the checkpoint's
-configuration, and the checkpoint's path travels in `model_loader_extra_config`. Written against vLLM 0.32.0
-engine/arg_utils.py.
+vLLM expects `model` to be a Hugging Face name or directory: it would mirror a bucket, or look for config.json. While
+vLLM makes its configuration, `model` is a small local directory that holds the checkpoint's configuration, and the
+checkpoint's path travels in `model_loader_extra_config`. Afterwards the EngineArgs are again what the user gave, so that
+they can be changed and used once more. Written against vLLM 0.32.0 engine/arg_utils.py.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
+import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 
-from vllm_maxtext_loader.atomic import atomic_file
-from vllm_maxtext_loader.errors import CheckpointNotFoundError, EngineError, NotACheckpointError, OptionError
-from vllm_maxtext_loader.options import Options
+from vllm_maxtext_loader.engine import config_dir
+from vllm_maxtext_loader.engine.probe import Probe, check_vocabulary, no_tokenizer, probe
+from vllm_maxtext_loader.errors import CheckpointNotFoundError, EngineError, NotACheckpointError
+from vllm_maxtext_loader.options import LOAD_FORMAT, Options
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
     from vllm.engine.arg_utils import EngineArgs
 
-    from vllm_maxtext_loader.engine.probe import Probe
-
 logger = init_logger("vllm." + __name__)
 
 _PREPARED = "_maxtext_prepared"
+
+_REPLACED = ("model", "model_loader_extra_config", "served_model_name", "tokenizer", "hf_overrides")
+"""Fields of EngineArgs that are others while vLLM makes its configuration."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What EngineArgs have been prepared for.
+
+    Attributes:
+        checkpoint: that will be served.
+        made: whether `model` is a directory of ours, with a configuration made from the shapes.
+    """
+
+    checkpoint: Probe
+    made: bool
+
+
+@contextlib.contextmanager
+def prepared(args: EngineArgs) -> Iterator[Prepared]:
+    """Opens the checkpoint and, for the duration, makes `model` a directory vLLM understands.
+
+    Inside itself (vLLM's create_engine_config calls create_model_config) it opens nothing again.
+
+    Raises:
+        MaxTextLoadError: the checkpoint cannot be served; in the user's terminal, before a process is started.
+    """
+    if (outer := vars(args).get(_PREPARED)) is not None:
+        yield outer
+        return
+    before = {name: getattr(args, name) for name in _REPLACED}
+    try:
+        vars(args)[_PREPARED] = found = _prepare(args)
+        yield found
+    finally:
+        vars(args).pop(_PREPARED, None)
+        for name, value in before.items():
+            setattr(args, name, value)
 
 
 def make_model_config(args: EngineArgs, create: Callable[[], ModelConfig]) -> ModelConfig:
     """vLLM's ModelConfig for a checkpoint.
 
     Args:
-        args: the engine's arguments; `model` is replaced (see `prepare`).
+        args: the engine's arguments; see `prepared`.
         create: vLLM's own `args.create_model_config`.
 
     Raises:
         MaxTextLoadError: the checkpoint cannot be served; in the user's terminal, before a process is started.
     """
     from vllm_maxtext_loader import families
-    from vllm_maxtext_loader.conversion.config_check import reconcile
+    from vllm_maxtext_loader.conversion.config_check import VOCAB, reconcile
 
-    checkpoint = prepare(args)
-    model_config = create()
-    if _serve_as_text(args, checkpoint, model_config):
+    with prepared(args) as found:
+        checkpoint = found.checkpoint
         model_config = create()
-    refuse_unsupported_model(model_config)
-    wanted = families.dims_of_config(model_config.hf_config, checkpoint.items)
-    family = families.by_name(checkpoint.dims.family)
-    reconcile(family, checkpoint.dims, wanted, checkpoint.items)
-    if family.begins_with_bos:
-        warn_without_bos(model_config, family.title)
-    return model_config
+        if _serve_as_text(args, checkpoint, model_config):
+            model_config = create()
+        refuse_unsupported_model(model_config)
+        wanted = families.dims_of_config(model_config.hf_config, checkpoint.items)
+        family = families.by_name(checkpoint.dims.family)
+        reconcile(family, checkpoint.dims, wanted, checkpoint.items)
+        if checkpoint.dims.sizes[VOCAB] > wanted.sizes[VOCAB]:
+            check_vocabulary(checkpoint.items, wanted.sizes[VOCAB])
+        if family.begins_with_bos:
+            warn_without_bos(model_config, family.title)
+        if found.made:
+            config_dir.attach(model_config)
+        return model_config
 
 
-def prepare(args: EngineArgs) -> Probe:
-    """Opens the checkpoint and makes `model` a directory vLLM understands; once per EngineArgs."""
-    if (done := getattr(args, _PREPARED, None)) is not None:
-        return done
-    from vllm_maxtext_loader.engine.probe import probe
+def _prepare(args: EngineArgs) -> Prepared:
+    """Opens the checkpoint and replaces the fields in `_REPLACED`."""
+    import vllm.envs
 
     _check_model_impl()
     refuse_unsupported(args)
-    extra = args.model_loader_extra_config
-    options = Options.parse(extra if isinstance(extra, dict) else None)
+    options = Options.parse(args.model_loader_extra_config)
     source = options.checkpoint or args.model
     try:
         checkpoint = probe(
-            source, options.step, trim=options.checkpoint is None and args.hf_config_path is None
+            source,
+            options.step,
+            trim=options.checkpoint is None and args.hf_config_path is None,
+            tokenizer=args.tokenizer,
+            cache=Path(vllm.envs.VLLM_CACHE_ROOT) / "maxtext" / "tokenizers",
+            draft=_speculative(args).get("model"),
         )
     except (CheckpointNotFoundError, NotACheckpointError) as error:
         if options.checkpoint is None and _is_hugging_face(args.model):
@@ -82,20 +125,33 @@ def prepare(args: EngineArgs) -> Probe:
             ) from error
         raise
     # All processes and hosts must load the same step, whatever is committed meanwhile.
-    args.model_loader_extra_config = {**(extra or {}), "checkpoint": checkpoint.items}
-    if options.checkpoint is None:
-        if args.tokenizer is None and not args.skip_tokenizer_init:
-            raise EngineError(
-                f"{source}: a MaxText checkpoint holds no tokenizer. Give one: --tokenizer google/gemma-4-26B-A4B-it "
-                f"(or the name or directory that was used for training)."
-            )
-        if args.served_model_name is None:
-            args.served_model_name = [args.model]
-        args.model = args.hf_config_path or str(
-            write_config_dir(checkpoint, options.model_name, processor_files(args, checkpoint))
-        )
-    setattr(args, _PREPARED, checkpoint)
-    return checkpoint
+    args.model_loader_extra_config = {**options.given(), "checkpoint": checkpoint.items}
+    args.tokenizer = checkpoint.tokenizer or args.tokenizer
+    if options.checkpoint is not None:
+        return Prepared(checkpoint, made=False)
+    if args.tokenizer is None and not args.skip_tokenizer_init:
+        raise no_tokenizer(source)
+    if args.served_model_name is None:
+        args.served_model_name = [args.model]
+    if args.hf_config_path is not None:
+        args.model = args.hf_config_path
+        return Prepared(checkpoint, made=False)
+    args.model = str(_make_config_dir(args, checkpoint, options.model_name))
+    return Prepared(checkpoint, made=True)
+
+
+def _make_config_dir(args: EngineArgs, checkpoint: Probe, model_name: str | None) -> Path:
+    """Writes the directory of configuration, with what the tokenizer's repository has for it."""
+    found = config_dir.generation_files(args)
+    files = [file for file in found or () if file.name != "tokenizer_config.json"]
+    # With a directory given, vLLM looks there and nowhere else.
+    is_used = args.generation_config in ("auto", "vllm")
+    return config_dir.write_config_dir(
+        checkpoint,
+        model_name,
+        list(dict.fromkeys([*files, *config_dir.processor_files(args, checkpoint)])),
+        config_dir.kind_of_model(found) if is_used else None,
+    )
 
 
 def _check_model_impl() -> None:
@@ -137,15 +193,38 @@ def refuse_unsupported(args: EngineArgs) -> None:
             f"--model-impl {args.model_impl}: --load-format maxtext loads into vLLM's own model class only. Leave the "
             f"option out."
         )
-    speculative = dict(args.speculative_config or {})
-    method = speculative.get("method") or args.spec_method
-    draft = speculative.get("model") or args.spec_model
-    if (method or draft) and not {method, draft} & set(_DRAFTS_WITHOUT_WEIGHTS):
+    speculative = _speculative(args)
+    method, draft = speculative.get("method"), speculative.get("model")
+    if not (method or draft) or {method, draft} & set(_DRAFTS_WITHOUT_WEIGHTS):
+        return
+    if draft is None:
         raise EngineError(
-            f"--speculative-config (method {method}, model {draft}): a MaxText checkpoint holds no draft model, and "
-            f"--load-format maxtext cannot load one from elsewhere yet. Use a method without weights (ngram, suffix), or "
-            f"export the checkpoint (`vllm-maxtext export`) and serve it with the default load format."
+            f"--speculative-config (method {method}): a MaxText checkpoint holds no draft model. Name one that is in Hugging "
+            f'Face format ("method": "eagle3", "model": HF_ID_OR_DIR), or use a method without weights (ngram).'
         )
+    if method != "eagle3":
+        raise EngineError(
+            f"--speculative-config (method {method}, model {draft}): of the methods with a draft model, --load-format maxtext "
+            f'serves "method": "eagle3" only. Use that, or a method without weights (ngram).'
+        )
+    load_format = _field(speculative.get("draft_load_config"), "load_format")
+    if str(load_format).lower() == LOAD_FORMAT:
+        raise EngineError(
+            f"--speculative-config (draft {draft}, draft_load_config with load_format {LOAD_FORMAT}): a draft model cannot be "
+            f"loaded from a MaxText checkpoint yet. Name one in Hugging Face format."
+        )
+
+
+def _speculative(args: EngineArgs) -> dict[str, Any]:
+    """--speculative-config with the single options in it, as vLLM's create_speculative_config has it."""
+    given = {key.replace("-", "_"): value for key, value in (args.speculative_config or {}).items()}
+    single = {"method": args.spec_method, "model": args.spec_model}
+    return {**{key: value for key, value in single.items() if value is not None}, **given}
+
+
+def _field(config: Any, name: str) -> Any:
+    """A value of a configuration that is a dictionary or an object."""
+    return config.get(name) if isinstance(config, dict) else getattr(config, name, None)
 
 
 def refuse_unsupported_model(model_config: ModelConfig) -> None:
@@ -224,96 +303,3 @@ def warn_without_bos(model_config: ModelConfig, family: str) -> None:
             model_config.tokenizer,
             family,
         )
-
-
-PROCESSOR_FILES = (
-    "*processor_config.json",
-    "chat_template*",
-    "tokenizer*",
-    "special_tokens_map.json",
-)
-"""What transformers makes a multimodal processor of."""
-
-
-def processor_files(args: EngineArgs, checkpoint: Probe) -> list[Path]:
-    """Files of the image processor: vLLM looks for them next to config.json; they come from the tokenizer's repository.
-
-    Empty for a checkpoint without a vision tower.
-
-    Raises:
-        EngineError: the tokenizer's repository cannot be downloaded.
-    """
-    if not checkpoint.dims.has_vision or args.tokenizer is None:
-        return []
-    from huggingface_hub import snapshot_download
-
-    try:
-        source = (
-            args.tokenizer
-            if os.path.isdir(args.tokenizer)
-            else snapshot_download(
-                args.tokenizer,
-                revision=args.tokenizer_revision,
-                allow_patterns=list(PROCESSOR_FILES),
-                cache_dir=args.download_dir,
-                token=args.hf_token,
-            )
-        )
-    except (OSError, ValueError) as error:
-        raise EngineError(
-            f"{checkpoint.items}: has a vision tower, and its image processor is taken from the tokenizer's repository; "
-            f"{args.tokenizer} cannot be downloaded: {error}"
-        ) from error
-    files = {path for pattern in PROCESSOR_FILES for path in Path(source).glob(pattern)}
-    if not any(path.name.endswith("processor_config.json") for path in files):
-        logger.warning(
-            "%s has a vision tower, but %s holds no image processor (processor_config.json): give the tokenizer of the "
-            "multimodal model, or serve text only with --language-model-only.",
-            checkpoint.items,
-            args.tokenizer,
-        )
-    return sorted(files)
-
-
-def write_config_dir(checkpoint: Probe, model_name: str | None, beside: Sequence[Path] = ()) -> Path:
-    """A directory with the checkpoint's config.json, for vLLM to take as `model`.
-
-    Its name is a digest of its content, so that restarts and several engines share it.
-
-    Args:
-        checkpoint: what was found.
-        model_name: preset to take from what shapes cannot tell.
-        beside: files that vLLM looks for in the same directory; they are linked.
-
-    Raises:
-        ConfigMismatchError: no configuration can be made; see `hf_config.make_config`.
-    """
-    import vllm.envs
-
-    from vllm_maxtext_loader.huggingface.config import choose_preset, make_config
-
-    config = make_config(checkpoint.dims, model_name, checkpoint.items)
-    text = json.dumps(config.to_dict(), indent=2, sort_keys=True)
-    links = {file.name: file.resolve() for file in beside}
-    digest = hashlib.sha256(f"{text}{sorted(links.items())}".encode()).hexdigest()[:16]
-    directory = Path(vllm.envs.VLLM_CACHE_ROOT) / "maxtext" / digest
-    path = directory / "config.json"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            with atomic_file(path) as file:
-                file.write(text)
-        for name, target in links.items():
-            with contextlib.suppress(FileExistsError):
-                (directory / name).symlink_to(target)
-    except (OSError, OptionError) as error:
-        raise EngineError(
-            f"{directory}: the checkpoint's config.json cannot be written here ({error}). Set "
-            f"VLLM_CACHE_ROOT to a directory that this user may write to."
-        ) from error
-    logger.info(
-        "Configuration read from the checkpoint's shapes; what they cannot tell (sliding window, rope, top-k) is %s's: %s",
-        choose_preset(checkpoint.dims, model_name, checkpoint.items).name,
-        path,
-    )
-    return directory

@@ -7,6 +7,7 @@ tensors -> `model.load_weights`, vLLM's own packing and sharding -> completeness
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import gc
@@ -20,11 +21,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 from vllm.logger import init_logger
+from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.weight_utils import enable_tqdm
 
 from vllm_maxtext_loader.api import numpy_dtype
 from vllm_maxtext_loader.checkpoint.statistics import count_nonfinite, sample
+from vllm_maxtext_loader.engine.config_dir import restore
 from vllm_maxtext_loader.engine.times import LoadTimes
 from vllm_maxtext_loader.errors import EngineError, IncompleteLoadError
 from vllm_maxtext_loader.options import DIRECT_VARIABLE, Options
@@ -55,11 +58,17 @@ class MaxTextModelLoader(BaseModelLoader):
 
     def __init__(self, load_config: LoadConfig) -> None:
         super().__init__(load_config)
-        extra = load_config.model_loader_extra_config
-        self.options = Options.parse(extra if isinstance(extra, dict) else None)
+        self.options = Options.parse(load_config.model_loader_extra_config)  # type: ignore[arg-type]
 
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
-        """Builds the model and fills it."""
+        """Builds the model and fills it. A draft model goes to the loader that its own configuration names."""
+        restore(model_config)
+        if (load_config := _draft_load_config(vllm_config, model_config)) is not None:
+            draft_config = copy.copy(vllm_config)
+            draft_config.load_config = load_config
+            return get_model_loader(load_config).load_model(
+                vllm_config=draft_config, model_config=model_config, prefix=prefix
+            )
         with gc_frozen():
             return super().load_model(vllm_config, model_config, prefix)
 
@@ -193,6 +202,19 @@ class MaxTextModelLoader(BaseModelLoader):
             return True
         logger.info("per_expert_scale is left as it is: this backend applies it.")
         return False
+
+
+def _draft_load_config(vllm_config: VllmConfig, model_config: ModelConfig) -> LoadConfig | None:
+    """How a draft model is loaded: as `draft_load_config` says, else as Hugging Face weights; None for the target.
+
+    tpu-inference 0.32 hands a draft to the target's loader (models/vllm/vllm_model_wrapper.py).
+    """
+    speculative = vllm_config.speculative_config
+    if speculative is None or model_config.runner_type != "draft":
+        return None
+    if speculative.draft_load_config is not None:
+        return speculative.draft_load_config
+    return dataclasses.replace(vllm_config.load_config, load_format="auto", model_loader_extra_config={})
 
 
 _FROZEN_BY_PYTHON = 1000

@@ -5,7 +5,8 @@ but wrapt and the standard library. Each patch is applied when its module is imp
 
 | module                                   | what changes                                                           |
 |------------------------------------------|------------------------------------------------------------------------|
-| vllm.engine.arg_utils                    | for `maxtext`, `model` may be a MaxText checkpoint (`engine`)          |
+| vllm.engine.arg_utils                    | for `maxtext`, `model` may be a MaxText checkpoint (`args`)            |
+| vllm.config.model                        | a worker on another node writes the made configuration (`config_dir`)  |
 | vllm.model_executor.model_loader         | the load format `maxtext` exists (`loader`)                            |
 | tpu_inference.models.common.model_loader | for `maxtext`, MODEL_IMPL_TYPE=auto means vLLM's own model (`tpu`)     |
 | tpu_inference.platforms.tpu_platform     | with JAX_PLATFORMS=cpu only: reference kernels (`cpu_kernels`)         |
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -25,7 +27,7 @@ import wrapt
 
 from vllm_maxtext_loader import cpu_kernels, versions
 from vllm_maxtext_loader.errors import EngineError
-from vllm_maxtext_loader.options import LOAD_FORMAT
+from vllm_maxtext_loader.options import LOAD_FORMAT, TRAVELLING
 
 logger = logging.getLogger("vllm." + __name__)
 
@@ -50,6 +52,7 @@ def register() -> None:
     _on_import("vllm.model_executor.model_loader", _register_load_format)
     if reason is not None:
         return
+    _on_import("vllm.config.model", _patch_model_config)
     _on_import("tpu_inference.models.common.model_loader", _patch_model_choice)
     if cpu_kernels.are_wanted():
         cpu_kernels.prepare_environment()
@@ -98,15 +101,19 @@ def _patch_engine_args(module: ModuleType) -> None:
     engine_args = module.EngineArgs
     create_engine_config = engine_args.create_engine_config
     create_model_config = engine_args.create_model_config
+    get_model_path = module.get_model_path
 
     @functools.wraps(create_engine_config)
     def engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if is_maxtext(self):
-            check_patches()
-            from vllm_maxtext_loader.engine import args as engine_arguments
+        if not is_maxtext(self):
+            return create_engine_config(self, *args, **kwargs)
+        check_patches()
+        from vllm_maxtext_loader.engine import args as engine_arguments
 
-            engine_arguments.prepare(self)
-        return create_engine_config(self, *args, **kwargs)
+        # vLLM does it first of all; what is said while preparing would be lost.
+        module.configure_logging_if_needed(self.create_logging_config())
+        with engine_arguments.prepared(self):
+            return create_engine_config(self, *args, **kwargs)
 
     @functools.wraps(create_model_config)
     def model_config(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -119,8 +126,41 @@ def _patch_engine_args(module: ModuleType) -> None:
             self, functools.partial(create_model_config, self, *args, **kwargs)
         )
 
+    @functools.wraps(get_model_path)
+    def model_path(model: Any, revision: str | None = None) -> Any:
+        # With HF_HUB_OFFLINE, EngineArgs.__post_init__ looks up `model` and `tokenizer` among downloaded repositories. It
+        # also loads this plugin, so for the first EngineArgs only what it calls can still be replaced.
+        try:
+            return get_model_path(model, revision)
+        except Exception:
+            caller = sys._getframe(1).f_locals.get("self")
+            if isinstance(caller, engine_args) and is_maxtext(caller):
+                return model  # A checkpoint that does not exist, "~" or file://: `prepared` decides.
+            raise
+
     engine_args.create_engine_config = engine_config
     engine_args.create_model_config = model_config
+    vars(module)["get_model_path"] = model_path
+
+
+def _patch_model_config(module: ModuleType) -> None:
+    """Lets a worker on another node write the directory of configuration that the first node made for a checkpoint.
+
+    A worker calls this method before it reads anything of the model (tpu-inference 0.32.0 worker/tpu_worker.py).
+    """
+    model_config = module.ModelConfig
+    pull = model_config.maybe_pull_model_tokenizer_for_runai
+
+    @functools.wraps(pull)
+    def write_or_pull(self: Any, model: str, tokenizer: str) -> None:
+        if TRAVELLING in vars(self):
+            from vllm_maxtext_loader.engine.config_dir import restore
+
+            restore(self)
+            model, tokenizer = self.model, self.tokenizer
+        pull(self, model, tokenizer)
+
+    model_config.maybe_pull_model_tokenizer_for_runai = write_or_pull
 
 
 def _register_load_format(module: ModuleType) -> None:

@@ -46,7 +46,8 @@ def probe(
     *,
     trim: bool,
     tokenizer: str | None = None,
-    tokenizer_cache: Path | None = None,
+    cache: Path | None = None,
+    draft: str | None = None,
 ) -> Probe:
     """Opens and plans a checkpoint in a child process.
 
@@ -55,15 +56,19 @@ def probe(
         step: likewise.
         trim: do not count padded vocabulary rows; for when no configuration tells the vocabulary's size.
         tokenizer: what the user gave as tokenizer; a Hugging Face name is left alone.
-        tokenizer_cache: directory below which a tokenizer from a bucket is stored.
+        cache: directory below which a tokenizer from a bucket is stored.
+        draft: what the user gave as draft model; likewise.
 
     Raises:
         MaxTextLoadError: what `open_checkpoint` raised there, by the same name.
-        EngineError: `tokenizer` is a checkpoint, or a URL without a tokenizer; nothing of it was copied.
+        EngineError: `tokenizer` is a checkpoint, or a URL without a tokenizer (nothing of it was copied); or `draft` is a
+            checkpoint.
     """
-    request = {"path": source, "step": step, "trim": trim}
+    request: dict[str, Any] = {"path": source, "step": step, "trim": trim}
     if tokenizer is not None and _is_path(tokenizer):
-        request |= {"tokenizer": tokenizer, "cache": str(tokenizer_cache)}
+        request |= {"tokenizer": tokenizer, "cache": str(cache)}
+    if draft is not None and _is_path(draft):
+        request["draft"] = draft
     found = _ask(request, source)
     return Probe(found["items"], ModelDims.from_json(found["dims"]), found.get("tokenizer"))
 
@@ -78,12 +83,20 @@ def check_vocabulary(items: str, vocab: int) -> None:
     _ask({"path": items, "step": None, "trim": False, "vocab": vocab}, items)
 
 
-def _is_path(tokenizer: str) -> bool:
+def no_tokenizer(where: str) -> errors.EngineError:
+    """The error for a checkpoint without a tokenizer, or where a tokenizer should be."""
+    return errors.EngineError(
+        f"{where}: a MaxText checkpoint holds no tokenizer. Give one: --tokenizer google/gemma-4-26B-A4B-it "
+        f"(or the name or directory that was used for training)."
+    )
+
+
+def _is_path(name: str) -> bool:
     """Whether this is a path or a gs:// URL; else it is a Hugging Face name, or a URL that vLLM knows to handle."""
-    scheme, separator, _ = tokenizer.partition("://")
+    scheme, separator, _ = name.partition("://")
     if separator:
         return scheme.lower() in ("gs", "gcs", "file")
-    return os.path.exists(os.path.expanduser(tokenizer))
+    return os.path.exists(os.path.expanduser(name))
 
 
 def _ask(request: dict[str, Any], source: str) -> dict[str, Any]:
@@ -140,6 +153,10 @@ def _look(request: dict[str, Any]) -> dict[str, Any]:
         plan = make_plan(checkpoint.tree, checkpoint.plan.family, dims.with_sizes(vocab=request["vocab"]))
         refuse_used_rows(checkpoint.tree, plan)
     found: dict[str, Any] = {"items": checkpoint.location.items.url, "dims": dims.to_json()}
+    if "draft" in request:
+        from vllm_maxtext_loader.engine.tokenizer import refuse_checkpoint_as_draft
+
+        refuse_checkpoint_as_draft(request["draft"])
     if "tokenizer" in request:
         from vllm_maxtext_loader.engine.tokenizer import local_tokenizer
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from vllm_maxtext_loader.atomic import temporary_name
 from vllm_maxtext_loader.checkpoint.find import ItemLocation, locate
 from vllm_maxtext_loader.checkpoint.storage.path import Location
+from vllm_maxtext_loader.engine.probe import no_tokenizer
 from vllm_maxtext_loader.errors import (
     CheckpointNotFoundError,
     EngineError,
@@ -22,19 +23,19 @@ from vllm_maxtext_loader.errors import (
     StorageError,
 )
 
-TOKENIZER_FILES = ("tokenizer*", "tekken.json", "vocab.*", "merges.txt", "*.tiktoken", "*.model")
+TOKENIZER_FILES = (
+    "tokenizer.*",
+    "tokenizer_config.json",
+    "tekken.json",
+    "vocab.*",
+    "merges.txt",
+    "*.tiktoken",
+    "*.model",
+)
 """A directory with one of these holds a tokenizer."""
 
 COPIED_FILES = (*TOKENIZER_FILES, "*.json", "*.jinja", "*.txt", "*.py")
 """What is copied of a tokenizer in a bucket: files directly below the URL."""
-
-
-def no_tokenizer(where: str) -> EngineError:
-    """The error for a checkpoint where a tokenizer should be."""
-    return EngineError(
-        f"{where}: a MaxText checkpoint holds no tokenizer. Give one: --tokenizer google/gemma-4-26B-A4B-it "
-        f"(or the name or directory that was used for training)."
-    )
 
 
 def local_tokenizer(tokenizer: str, checkpoint: ItemLocation, cache: str) -> str:
@@ -65,6 +66,20 @@ def local_tokenizer(tokenizer: str, checkpoint: ItemLocation, cache: str) -> str
                 f"{', '.join(names[:8])}{', …' if len(names) > 8 else ''}."
             )
     return _copy(place, _matching(names, COPIED_FILES), Path(cache)) if place.is_remote else place.url
+
+
+def refuse_checkpoint_as_draft(draft: str) -> None:
+    """Refuses a draft model whose weights are a MaxText checkpoint.
+
+    Raises:
+        EngineError: it is one, committed or not.
+        StorageError: it cannot be listed.
+    """
+    if _is_checkpoint(place := Location.parse(draft)):
+        raise EngineError(
+            f"--speculative-config (draft {place}): is a checkpoint that Orbax wrote; a draft model cannot be loaded from one "
+            f"yet. Name a draft in Hugging Face format, or use a method without weights (ngram)."
+        )
 
 
 def _matching(names: list[str], patterns: tuple[str, ...]) -> list[str]:

@@ -230,7 +230,7 @@ def _preset(name: str, published: str, scalar: int, **dims: int) -> Preset:
     )
     fields = {"max_position_embeddings": 131_072, "query_pre_attn_scalar": scalar}
     sizes = ModelDims("gemma3", {"vocab": _STORED_VOCAB, **dims}, layers)
-    return Preset(name, (f"google/{published}",), sizes, fields, stops=(1, 106))
+    return Preset(name, (f"google/{published}",), sizes, fields, stops=(1, 106), base_stops=(1,))
 
 
 # fmt: off

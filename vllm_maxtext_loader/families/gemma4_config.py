@@ -152,7 +152,7 @@ def _preset(
         "use_bidirectional_attention": vision_attention,
     }
     dims = ModelDims("gemma4", sizes, tuple(decoder), frozenset(tags))
-    return Preset(name, (published,), dims, fields, top_k, _STOPS)
+    return Preset(name, (published,), dims, fields, top_k, _STOPS, (1,))
 
 
 PRESETS: tuple[Preset, ...] = (

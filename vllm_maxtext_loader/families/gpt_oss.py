@@ -120,7 +120,9 @@ def _preset(name: str, layers: int, experts: int) -> Preset:
     dims = ModelDims(
         "gpt_oss", sizes, _layers(layers, {"head_dim": 64, "kv_heads": 8}), frozenset({"untied"})
     )
-    return Preset(name, (f"openai/{name}",), dims, {}, top_k=4, stops=(200_002, 199_999, 200_012))
+    return Preset(
+        name, (f"openai/{name}",), dims, {}, top_k=4, stops=(200_002, 199_999, 200_012), base_stops=(200_002,)
+    )
 
 
 PRESETS: tuple[Preset, ...] = (_preset("gpt-oss-20b", 24, 32), _preset("gpt-oss-120b", 36, 128))

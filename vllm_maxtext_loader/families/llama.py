@@ -98,7 +98,7 @@ def _preset(
         fields["sliding_window"] = None
     tags = frozenset({_PAIRS} if isinstance(rope, dict) else ())
     sizes = standard.preset_dims("llama", head_dim=128, tags=tags, **dims)
-    return Preset(name, published, sizes, fields, stops=stops)
+    return Preset(name, published, sizes, fields, stops=stops, base_stops=tokens[1:])
 
 
 _LLAMA3: dict[str, Any] = {"tokens": (128_000, 128_001), "vocab": 128_256}

@@ -53,7 +53,7 @@ def _preset(name: str, published: str, positions: int, **dims: Any) -> Preset:
         "rope_parameters": {"rope_theta": 1_000_000.0, "rope_type": "default"},
     }
     sizes = standard.preset_dims("mixtral", head_dim=128, kv_heads=8, experts=8, **dims)
-    return Preset(name, (f"mistralai/{published}",), sizes, fields, top_k=2, stops=(2,))
+    return Preset(name, (f"mistralai/{published}",), sizes, fields, top_k=2, stops=(2,), base_stops=(2,))
 
 
 # fmt: off

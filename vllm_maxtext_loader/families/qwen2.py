@@ -45,7 +45,9 @@ def _preset(name: str, published: str, **dims: Any) -> Preset:
         "rope_parameters": {"rope_theta": 1_000_000.0, "rope_type": "default"},
     }
     sizes = standard.preset_dims("qwen2", head_dim=128, **dims)
-    return Preset(name, (f"Qwen/{published}",), sizes, fields, stops=(151_645, 151_643))
+    return Preset(
+        name, (f"Qwen/{published}",), sizes, fields, stops=(151_645, 151_643), base_stops=(151_643,)
+    )
 
 
 # fmt: off

@@ -73,7 +73,9 @@ def _preset(
         "rope_parameters": {"rope_theta": theta, "rope_type": "default"},
     }
     sizes = standard.preset_dims("qwen3", head_dim=128, vocab=_VOCAB, **dims)
-    return Preset(name, tuple(f"Qwen/{model}" for model in published), sizes, fields, top_k, _STOPS)
+    return Preset(
+        name, tuple(f"Qwen/{model}" for model in published), sizes, fields, top_k, _STOPS, (151_643,)
+    )
 
 
 # fmt: off

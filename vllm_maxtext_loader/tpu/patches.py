@@ -30,13 +30,15 @@ def enforce_vllm_model(module: ModuleType) -> None:
 
     @functools.wraps(original)
     def resolve_model_impl_type(vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> str:
-        is_draft_model = kwargs.get("is_draft_model", bool(args and args[0]))
-        if is_draft_model or vllm_config.load_config.load_format != LOAD_FORMAT:
+        if vllm_config.load_config.load_format != LOAD_FORMAT:
             return original(vllm_config, *args, **kwargs)
-        asked = module.envs.MODEL_IMPL_TYPE
+        # tpu-inference refuses a draft of another kind than its target (spec_decode/jax/eagle3.py).
+        is_draft_model = kwargs.get("is_draft_model", bool(args and args[0]))
+        variable = "DRAFT_MODEL_IMPL_TYPE" if is_draft_model else "MODEL_IMPL_TYPE"
+        asked = getattr(module.envs, variable)
         if asked not in ("auto", "vllm"):
             raise EngineError(
-                f"MODEL_IMPL_TYPE={asked}: --load-format maxtext loads into vLLM's own model. Unset MODEL_IMPL_TYPE."
+                f"{variable}={asked}: --load-format maxtext loads into vLLM's own model class. Unset {variable}."
             )
         return "vllm"
 
