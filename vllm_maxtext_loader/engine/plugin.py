@@ -109,10 +109,12 @@ def _patch_engine_args(module: ModuleType) -> None:
             return create_engine_config(self, *args, **kwargs)
         check_patches()
         from vllm_maxtext_loader.engine import args as engine_arguments
+        from vllm_maxtext_loader.engine.start_method import avoid_fork
 
         # vLLM does it first of all; what is said while preparing would be lost.
         module.configure_logging_if_needed(self.create_logging_config())
         with engine_arguments.prepared(self):
+            avoid_fork(self, kwargs.get("usage_context", args[0] if args else None))
             return create_engine_config(self, *args, **kwargs)
 
     @functools.wraps(create_model_config)
