@@ -532,6 +532,8 @@ def test_everything_to_replace_exists() -> None:
     wanted = {(module, name) for module, name in pairs} | {
         ("tpu_inference.layers.common.attention_interface", "sharded_ragged_paged_attention"),
         ("tpu_inference.layers.jax.sample.sampling", "sample"),
+        ("tpu_inference.spec_decode.jax.eagle3", "Eagle3Proposer"),
+        ("tpu_inference.spec_decode.jax.eagle3", "_propose"),
         ("tpu_inference.platforms.tpu_platform", "TpuPlatform"),
     }
     for module, name in wanted:

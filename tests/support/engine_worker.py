@@ -6,8 +6,8 @@ one process starts many engines, one after the other. The tests run this file an
     python engine_worker.py JOBS.json ANSWERS.json
 
 A job: {"name", "model", "arguments": {…}, "environment": {…}, "prompts": [[token ids]], "images": [path], "vocab_size": n, "keep_state": bool,
-"compare": name, "folded": bool, "computed": bool, "forget": name}. `compare` is an earlier job whose state was kept, until a job says `forget`. Where there
-are images, every prompt has one.
+"compare": name, "folded": bool, "computed": bool, "forget": name, "max_tokens": n, "lora": path}. `compare` is an earlier job whose state was kept, until a job
+says `forget`. Where there are images, every prompt has one. With an adapter the prompts are answered without it, too ("tokens without").
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import gc
 import json
 import logging
 import os
+import pickle
+import shutil
 import sys
 import traceback
 from collections.abc import Callable
@@ -154,13 +156,33 @@ def vars_set(owner: type, name: str, value: Any) -> None:
     setattr(owner, name, value)
 
 
-CHANGES: dict[str, Callable[[], Callable[[], None]]] = {"parameter": _add_parameter, "less": _take_less}
-"""What a job can have changed in vLLM's model, each with the way back."""
+def _another_node() -> Callable[[], None]:
+    """Gives the worker what a worker on another node gets: a pickled configuration, and none of the first node's files."""
+    from tpu_inference.worker.tpu_worker import TPUWorker
+
+    init = TPUWorker.__init__
+
+    @functools.wraps(init)
+    def on_another_node(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        shutil.rmtree(vllm_config.model_config.model)
+        init(self, pickle.loads(pickle.dumps(vllm_config)), *args, **kwargs)
+
+    vars_set(TPUWorker, "__init__", on_another_node)
+    return lambda: vars_set(TPUWorker, "__init__", init)
+
+
+CHANGES: dict[str, Callable[[], Callable[[], None]]] = {
+    "parameter": _add_parameter,
+    "less": _take_less,
+    "another node": _another_node,
+}
+"""What a job can have changed around vLLM's model, each with the way back."""
 
 
 def run(job: dict[str, Any], kept: dict[str, Any]) -> dict[str, Any]:
     """Starts an engine, writes down what was asked for, and shuts it down."""
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
 
     records = Records()
     logger = logging.getLogger("vllm.vllm_maxtext_loader")
@@ -189,17 +211,27 @@ def run(job: dict[str, Any], kept: dict[str, Any]) -> dict[str, Any]:
             )
         if "prompts" in job:
             parameters = SamplingParams(
-                max_tokens=1, temperature=0, logprobs=job["vocab_size"], detokenize=False
+                max_tokens=job.get("max_tokens", 1),
+                ignore_eos=True,
+                temperature=0,
+                logprobs=job.get("vocab_size"),
+                detokenize=False,
             )
             prompts: list[Any] = [{"prompt_token_ids": tokens} for tokens in job["prompts"]]
             for prompt, image in zip(prompts, job.get("images", ()), strict=False):
                 prompt["multi_modal_data"] = {"image": Image.open(image)}
-            outputs = llm.generate(prompts, parameters, use_tqdm=False)
+            adapter = None
+            if "lora" in job:
+                outputs = llm.generate(prompts, parameters, use_tqdm=False)
+                answer["tokens without"] = [list(output.outputs[0].token_ids) for output in outputs]
+                adapter = LoRARequest("adapter", 1, job["lora"])
+            outputs = llm.generate(prompts, parameters, use_tqdm=False, lora_request=adapter)
             answer["prompt_lengths"] = [len(output.prompt_token_ids) for output in outputs]
             answer["tokens"] = [list(output.outputs[0].token_ids) for output in outputs]
             answer["logprobs"] = [
                 {str(token): entry.logprob for token, entry in output.outputs[0].logprobs[0].items()}
                 for output in outputs
+                if output.outputs[0].logprobs
             ]
     except Exception as error:
         answer["error"] = f"{type(error).__name__}: {error}"

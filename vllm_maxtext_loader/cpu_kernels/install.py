@@ -118,6 +118,7 @@ def replace_kernels() -> None:
     interface = f"{_LAYERS}.attention_interface"
     _try_replace(interface, "sharded_ragged_paged_attention", allow_hd64_sharing, missing)
     _try_replace("tpu_inference.layers.jax.sample.sampling", "sample", _recompiled_sample, missing)
+    _try_replace("tpu_inference.spec_decode.jax.eagle3", "Eagle3Proposer", _recompiled_proposer, missing)
     _replaced = True
     if missing:
         logger.error(
@@ -230,6 +231,18 @@ def _recompiled_sample(sample: Any) -> Any:
     import jax
 
     return jax.jit(sample.__wrapped__, static_argnames=("mesh", "allow_distributed_sampling"))
+
+
+def _recompiled_proposer(proposer: Any) -> Any:
+    """tpu-inference's EAGLE-3 proposer, likewise; the class itself, with another method."""
+    import jax
+
+    proposer._propose = jax.jit(
+        proposer._propose.__wrapped__,
+        donate_argnames=("kv_caches",),
+        static_argnames=("self", "num_speculative_tokens", "layer_name_to_kvcache_index"),
+    )
+    return proposer
 
 
 def _extended(owner: type, name: str, after: Callable[..., None]) -> Any:
