@@ -21,7 +21,7 @@ import yaml
 
 from vllm_maxtext_loader import errors
 from vllm_maxtext_loader.cli.app import app
-from vllm_maxtext_loader.options import Options
+from vllm_maxtext_loader.options import VARIABLES, Options
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "vllm_maxtext_loader"
@@ -120,7 +120,7 @@ def variables() -> list[tuple[str, str]]:
 def test_our_variables_are_documented_and_exist() -> None:
     source = "\n".join(file.read_text() for file in PACKAGE.rglob("*.py"))
     documented = {name for name, owner in variables() if owner == "this package"}
-    assert documented == set(re.findall(r'"(VLLM_MAXTEXT_\w+)"', source))
+    assert documented == set(re.findall(r'"(VLLM_MAXTEXT_\w+)"', source)) == set(VARIABLES)
     for page in PAGES:
         assert set(re.findall(r"VLLM_MAXTEXT_[A-Z_]+", page.read_text())) <= documented
 

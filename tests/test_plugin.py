@@ -86,6 +86,9 @@ def test_patched_modules_import_nothing_of_ours() -> None:
 
 HOOKS = {
     "arg_utils": "import vllm.engine.arg_utils as m; del m.EngineArgs.create_model_config",
+    "model config": "import vllm.config.model as m; del m.ModelConfig.maybe_pull_model_tokenizer_for_runai",
+    "variables": "import vllm.envs as m, os, types; os.environ['VLLM_MAXTEXT_DIRECT'] = '0'; "
+    "m.environment_variables = types.MappingProxyType(m.environment_variables)",
     "registry": "import vllm.model_executor.model_loader as m; del m.register_model_loader",
     "model choice": "import tpu_inference.models.common.model_loader as m; del m.resolve_model_impl_type",
     "platform": "import tpu_inference.platforms.tpu_platform as m; del m.TpuPlatform",
@@ -142,6 +145,49 @@ def test_what_the_loader_lacks_is_named_when_it_is_asked_for() -> None:
     assert (said["kind"], said["errors"]) == ("DefaultModelLoader", [])
     assert said["refusal"].startswith("EngineError: --load-format maxtext: the installed vLLM lacks")
     assert "enable_tqdm" in said["refusal"]
+
+
+VARIABLES_KNOWN = """
+import json
+from vllm_maxtext_loader.engine.plugin import register
+register()
+from vllm import envs
+from vllm.platforms.interface import Platform
+Platform.validate_environ(True)
+print(json.dumps({"known": [name for name in envs.environment_variables if name.startswith("VLLM_MAXTEXT_")],
+                  "value": envs.VLLM_MAXTEXT_TIMEOUT}))
+"""
+
+
+@pytest.mark.engine
+def test_variables_of_ours_are_known_to_vllm_where_they_are_set() -> None:
+    """vLLM warns of a VLLM_… it does not know, or refuses it; and hashes all it knows into its compile cache's key."""
+    said = run(VARIABLES_KNOWN, VLLM_MAXTEXT_TIMEOUT="7", VLLM_MAXTEXT_DIRECT="0")
+    assert sorted(said["known"]) == ["VLLM_MAXTEXT_DIRECT", "VLLM_MAXTEXT_TIMEOUT"]
+    assert said["value"] == "7"
+    with pytest.raises(
+        AssertionError, match="Unknown vLLM environment variable detected: VLLM_MAXTEXT_TIMOUT"
+    ):
+        run(VARIABLES_KNOWN, VLLM_MAXTEXT_TIMOUT="7", VLLM_MAXTEXT_TIMEOUT="7")
+
+
+FILTERED = """
+import json
+from vllm.engine.arg_utils import EngineArgs
+try:
+    EngineArgs(model="/nowhere", load_format="maxtext").create_engine_config()
+except Exception as error:
+    print(json.dumps({"error": f"{type(error).__name__}: {error}"}))
+"""
+
+
+@pytest.mark.engine
+def test_what_is_seen_when_the_plugin_is_filtered_out() -> None:
+    """docs/compatibility.md says it: VLLM_PLUGINS names the plugins that vLLM loads."""
+    refused = run(FILTERED, VLLM_PLUGINS="another", HF_HUB_OFFLINE="0", TPU_SKIP_MDS_QUERY="1")
+    assert "/nowhere" in refused["error"]
+    assert "CheckpointNotFoundError" not in refused["error"]
+    assert "CheckpointNotFoundError" in run(FILTERED, VLLM_PLUGINS="another,maxtext")["error"]
 
 
 UNKNOWN = """
@@ -230,20 +276,33 @@ class Arguments:
         calls.append(["model", args, kwargs])
         return "theirs"
 
+    def look_up(self):
+        return module.get_model_path(self.model)
+
+def get_model_path(model, revision=None):
+    if model.startswith("gs://"):
+        raise LookupError(model)
+    return f"path of {model}"
+
 import sys, wrapt
 module = types.ModuleType("vllm.engine.arg_utils")
-module.EngineArgs = Arguments
+module.EngineArgs, module.get_model_path = Arguments, get_model_path
 sys.modules["vllm.engine.arg_utils"] = module
 plugin.register()
 arguments = Arguments()
 before = dict(vars(arguments))
 answers = [arguments.create_engine_config(1, headless=True), arguments.create_model_config(2, later="x")]
-print(json.dumps({"answers": answers, "calls": calls, "same": dict(vars(arguments)) == before,
+try:
+    lookup = arguments.look_up()
+except LookupError as error:
+    lookup = f"LookupError: {error}"
+print(json.dumps({"answers": answers, "calls": calls, "lookup": lookup, "same": dict(vars(arguments)) == before,
                   "patched": hasattr(Arguments.create_model_config, "__wrapped__")}))
 """
     )
     assert said["answers"] == ["theirs", "theirs"]
     assert said["calls"] == [["engine", [1], {"headless": True}], ["model", [2], {"later": "x"}]]
+    assert said["lookup"] == "LookupError: gs://bucket/model"
     assert said["same"]
     assert said["patched"]
 

@@ -7,6 +7,7 @@ but wrapt and the standard library. Each patch is applied when its module is imp
 |------------------------------------------|------------------------------------------------------------------------|
 | vllm.engine.arg_utils                    | for `maxtext`, `model` may be a MaxText checkpoint (`args`)            |
 | vllm.config.model                        | a worker on another node writes the made configuration (`config_dir`)  |
+| vllm.envs                                | variables of ours that are set are known                               |
 | vllm.model_executor.model_loader         | the load format `maxtext` exists (`loader`)                            |
 | tpu_inference.models.common.model_loader | for `maxtext`, MODEL_IMPL_TYPE=auto means vLLM's own model (`tpu`)     |
 | tpu_inference.platforms.tpu_platform     | with JAX_PLATFORMS=cpu only: reference kernels (`cpu_kernels`)         |
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -27,7 +29,7 @@ import wrapt
 
 from vllm_maxtext_loader import cpu_kernels, versions
 from vllm_maxtext_loader.errors import EngineError
-from vllm_maxtext_loader.options import LOAD_FORMAT, TRAVELLING
+from vllm_maxtext_loader.options import LOAD_FORMAT, TRAVELLING, VARIABLES
 
 logger = logging.getLogger("vllm." + __name__)
 
@@ -52,6 +54,7 @@ def register() -> None:
     _on_import("vllm.model_executor.model_loader", _register_load_format)
     if reason is not None:
         return
+    _on_import("vllm.envs", _make_variables_known)
     _on_import("vllm.config.model", _patch_model_config)
     _on_import("tpu_inference.models.common.model_loader", _patch_model_choice)
     if cpu_kernels.are_wanted():
@@ -163,6 +166,16 @@ def _patch_model_config(module: ModuleType) -> None:
         pull(self, model, tokenizer)
 
     model_config.maybe_pull_model_tokenizer_for_runai = write_or_pull
+
+
+def _make_variables_known(module: ModuleType) -> None:
+    """Spares the user vLLM's warning of unknown variables, for those of ours that are set.
+
+    Only those: vLLM makes all that it knows a part of its compile cache's key.
+    """
+    for name in VARIABLES:
+        if name in os.environ:
+            module.environment_variables.setdefault(name, functools.partial(os.environ.get, name))
 
 
 def _register_load_format(module: ModuleType) -> None:
