@@ -291,3 +291,18 @@ def test_adapters_of_a_quantized_base(base: Tree, tmp_path: Path) -> None:
     tree = merged(merged(plain, values), adapters(base, ("kernel_lora_a", "kernel_lora_b")))
     items = write_orbax(tmp_path / "100", {"params": {"params": tree}})
     refused(UnsupportedDtypeError, items, "is quantized by Qwix", "with 14 LoRA leaves")
+
+
+def test_adapters_next_to_another_item(base: Tree, tmp_path: Path) -> None:
+    """The item is chosen by its tree, and then refused as what it is."""
+    import orbax.checkpoint as ocp
+
+    trees = {
+        "weights": adapters(base, ("kernel_lora_a", "kernel_lora_b")),
+        "iterator": {"position": np.zeros(3, np.float32)},
+    }
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
+        checkpointer.save(tmp_path / "7", ocp.args.Composite(**items))
+    with pytest.raises(UnknownModelError, match=r"7/weights: holds LoRA adapters only"):
+        open_checkpoint(tmp_path / "7")

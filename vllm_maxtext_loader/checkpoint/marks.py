@@ -139,6 +139,11 @@ _LOAD_UNQUANTIZED = (
 )
 
 
+def is_foreign(key: Key) -> bool:
+    """Whether an array that is not state belongs to an adapter or to a quantized weight."""
+    return _is_adapter(key) or "qvalue" in key
+
+
 def _is_adapter(key: Key) -> bool:
     return any(_LORA.fullmatch(part) for part in key)
 

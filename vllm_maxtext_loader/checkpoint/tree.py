@@ -11,7 +11,7 @@ import dataclasses
 import json
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +21,7 @@ from vllm_maxtext_loader.checkpoint.arrays import Format, open_arrays
 from vllm_maxtext_loader.checkpoint.marks import (
     Key,
     dtype_error,
+    is_foreign,
     plain,
     random_streams,
     refuse_foreign,
@@ -139,11 +140,13 @@ class Tree:
         return sum(entry.nbytes for entry in self.skipped)
 
 
-def holds_model(keys: Iterable[tuple[str, ...]]) -> bool:
-    """Whether a tree with these leaves holds one MaxText model."""
+def holds_model(keys: Iterable[Key]) -> bool:
+    """Whether a tree with these leaves holds one MaxText model, or adapters or quantized weights of one."""
     listed = list(keys)
-    prefixes = _prefixes(listed, random_streams(listed))
-    return len(prefixes) == 1 or (bool(prefixes) and prefixes[0] in WRITERS)
+    streams = random_streams(listed)
+    if prefixes := _prefixes(listed, streams):
+        return _is_one(prefixes)
+    return any(is_foreign(key) for key in listed if state_reason(key, None, streams) is None)
 
 
 def read_tree(location: ItemLocation, context: ts.Context) -> Tree:
@@ -293,13 +296,18 @@ def _prefixes(keys: Iterable[Key], streams: frozenset[Key]) -> list[Key]:
     ]
 
 
+def _is_one(prefixes: Sequence[Key]) -> bool:
+    """Whether it is clear which of these precedes the model."""
+    return len(prefixes) == 1 or (bool(prefixes) and prefixes[0] in WRITERS)
+
+
 def _choose(prefixes: list[Key], keys: Iterable[Key], items: Location) -> Key:
     """The path prefix under which the model lies.
 
     Raises:
         UnknownModelError: the tree holds no MaxText model, or several of them.
     """
-    if len(prefixes) == 1 or (prefixes and prefixes[0] in WRITERS):
+    if _is_one(prefixes):
         return prefixes[0]
     if prefixes:
         raise UnknownModelError(
