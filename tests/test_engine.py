@@ -36,6 +36,7 @@ PARALLEL = {
     "qwen2_scanned": ["4"],
     "mixtral_scanned": ["8", "4-ep"],
     "gemma3_scanned": ["8"],
+    "gptoss_scanned": ["1"],
 }
 """Tensor parallel sizes per checkpoint; -ep with expert parallelism."""
 
@@ -168,7 +169,6 @@ SPOKEN = [
     "qwen2_scanned",
     "mixtral_scanned",
     "gemma3_scanned",
-    "gptoss_scanned",
 ]
 GOLDEN_LENGTHS = (5, 24, 40)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 import tensorstore as ts
 import transformers
 
+from support import metadata_only
 from support.checkpoints import Tree, cases, read_orbax, write_orbax
 from vllm_maxtext_loader import errors, open_checkpoint
 from vllm_maxtext_loader.api import Checkpoint
@@ -21,8 +21,8 @@ from vllm_maxtext_loader.checkpoint.reader import count_nonzero_rows
 from vllm_maxtext_loader.conversion.plan import make_plan
 from vllm_maxtext_loader.engine.probe import check_vocabulary, probe
 from vllm_maxtext_loader.errors import ConfigMismatchError
-from vllm_maxtext_loader.families.gemma4 import RULES, Dims, Scope
-from vllm_maxtext_loader.huggingface.config import PRESETS, PUBLISHED_VOCAB
+from vllm_maxtext_loader.families.gemma4 import FAMILY
+from vllm_maxtext_loader.families.gemma4_config import PUBLISHED_VOCAB
 from vllm_maxtext_loader.tools.export import export
 from vllm_maxtext_loader.tools.verify import verify
 
@@ -102,27 +102,18 @@ def test_per_layer_vocabulary_is_never_cut(twin: Callable[[str], Path]) -> None:
 
 def published_tree(name: str, rows: int) -> trees.Tree:
     """A published model's tree with an embedding of so many rows, none of them written: all zero."""
-    dims = PRESETS[name].dims()
     leaves: dict[str, trees.Leaf] = {}
-    for rule in RULES:
-        if rule.scope not in (Scope.MODEL, Scope.LAYER) or "shared_experts" in rule.leaf:
-            continue
-        for index in dims.repeats(rule.scope):
-            if not dims.demands(rule, index):
-                continue
-            shape = rule.move.maxtext_shape(dims.sizes(rule.scope, index))
-            if rule.leaf == "token_embedder.embedding":
-                shape = (rows, shape[1])
-            path = rule.leaf if rule.scope is Scope.MODEL else f"decoder.layers_{index}.{rule.leaf}"
-            chunks = (min(shape[0], 1000), *shape[1:])
-            leaves[path] = trees.Leaf(f"params.{path}", tuple(path.split(".")), shape, BF16, chunks)
+    for path, shape in metadata_only.leaves(metadata_only.published(name)).items():
+        stored = (rows, shape[1]) if path == "token_embedder.embedding" else shape
+        chunks = (min(stored[0], 1000), *stored[1:])
+        leaves[path] = trees.Leaf(f"params.{path}", tuple(path.split(".")), stored, BF16, chunks)
     embedding = leaves["token_embedder.embedding"]
     grid = {"name": "regular", "configuration": {"chunk_shape": list(embedding.chunks)}}
     metadata = {"shape": list(embedding.shape), "data_type": "bfloat16", "chunk_grid": grid}
     specification = {"driver": "zarr3", "kvstore": "memory://", "metadata": metadata, "create": True}
     array = ts.open(specification).result()
     location = open_checkpoint(cases()["e2b"].items).tree.location
-    return trees.Tree(location, "Linen", leaves, (), True, True, {embedding.key: array})
+    return trees.Tree(location, "Linen", leaves, (), True, True, True, location.items, {embedding.key: array})
 
 
 @pytest.mark.parametrize("used", [0, 3])
@@ -132,7 +123,7 @@ def test_rows_past_a_published_vocabulary(used: int) -> None:
     array = tree.arrays["params.token_embedder.embedding"]
     for row in range(used):
         array[PUBLISHED_VOCAB + 500 * row, 7] = 1
-    checkpoint = Checkpoint(tree, make_plan(tree), None, 1 << 20)
+    checkpoint = Checkpoint(tree, make_plan(tree, FAMILY), None, 1 << 20)
     if used:
         with pytest.raises(
             ConfigMismatchError, match=r"has 263644 vocabulary rows.* vocab_size 262144, and 3 of the 1500"
@@ -192,9 +183,9 @@ def test_only_the_rows_past_the_vocabulary_are_read(
 def test_probe_without_a_configuration_keeps_what_is_used(edited: Callable[..., Path]) -> None:
     """Dimensions of no published model: only zero rows at the end are dropped, values decide."""
     items = edited(CASE, lambda params: _with_rows(params, 0))
-    dims: Dims = probe(str(items), None, trim=True).dims
-    assert dims.vocab == SMALLER
-    assert dataclasses.replace(dims, vocab=ROWS) == open_checkpoint(items).plan.dims
+    dims = probe(str(items), None, trim=True).dims
+    assert dims.sizes["vocab"] == SMALLER
+    assert dims.with_sizes(vocab=ROWS) == open_checkpoint(items).plan.dims
 
 
 def test_verify_refuses_too(edited: Callable[..., Path], twin: Callable[[str], Path], tmp_path: Path) -> None:

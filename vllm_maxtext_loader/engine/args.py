@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,10 +20,12 @@ from vllm.logger import init_logger
 
 from vllm_maxtext_loader.engine import config_dir
 from vllm_maxtext_loader.engine.probe import Probe, check_vocabulary, no_tokenizer, probe
+from vllm_maxtext_loader.engine.published_config import find_config, matching_config
 from vllm_maxtext_loader.errors import CheckpointNotFoundError, EngineError, NotACheckpointError
 from vllm_maxtext_loader.options import LOAD_FORMAT, Options
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
     from vllm.config import ModelConfig
     from vllm.engine.arg_utils import EngineArgs
 
@@ -108,15 +111,23 @@ def _prepare(args: EngineArgs) -> Prepared:
     refuse_unsupported(args)
     options = Options.parse(args.model_loader_extra_config)
     source = options.checkpoint or args.model
+    is_made = options.checkpoint is None and args.hf_config_path is None
+    published = find_config(args) if is_made and options.model_name is None else None
+    look = functools.partial(
+        probe,
+        source,
+        options.step,
+        model_name=options.model_name,
+        tokenizer=args.tokenizer,
+        cache=Path(vllm.envs.VLLM_CACHE_ROOT) / "maxtext" / "tokenizers",
+        draft=_speculative(args).get("model"),
+    )
+    config = None
     try:
-        checkpoint = probe(
-            source,
-            options.step,
-            trim=options.checkpoint is None and args.hf_config_path is None,
-            tokenizer=args.tokenizer,
-            cache=Path(vllm.envs.VLLM_CACHE_ROOT) / "maxtext" / "tokenizers",
-            draft=_speculative(args).get("model"),
-        )
+        checkpoint = look(trim=is_made and published is None)
+        if published is not None:
+            config = matching_config(published, checkpoint.dims, checkpoint.items)
+            checkpoint = checkpoint if config is not None else look(trim=True)
     except (CheckpointNotFoundError, NotACheckpointError) as error:
         if options.checkpoint is None and _is_hugging_face(args.model):
             raise type(error)(
@@ -136,11 +147,13 @@ def _prepare(args: EngineArgs) -> Prepared:
     if args.hf_config_path is not None:
         args.model = args.hf_config_path
         return Prepared(checkpoint, made=False)
-    args.model = str(_make_config_dir(args, checkpoint, options.model_name))
+    args.model = str(_make_config_dir(args, checkpoint, options.model_name, config))
     return Prepared(checkpoint, made=True)
 
 
-def _make_config_dir(args: EngineArgs, checkpoint: Probe, model_name: str | None) -> Path:
+def _make_config_dir(
+    args: EngineArgs, checkpoint: Probe, model_name: str | None, published: PretrainedConfig | None
+) -> Path:
     """Writes the directory of configuration, with what the tokenizer's repository has for it."""
     found = config_dir.generation_files(args)
     files = [file for file in found or () if file.name != "tokenizer_config.json"]
@@ -151,6 +164,7 @@ def _make_config_dir(args: EngineArgs, checkpoint: Probe, model_name: str | None
         model_name,
         list(dict.fromkeys([*files, *config_dir.processor_files(args, checkpoint)])),
         config_dir.kind_of_model(found) if is_used else None,
+        published,
     )
 
 

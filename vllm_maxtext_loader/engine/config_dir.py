@@ -69,7 +69,7 @@ def processor_files(args: EngineArgs, checkpoint: Probe) -> list[Path]:
     if not checkpoint.dims.has_vision or args.tokenizer is None or images_are_off(args):
         return []
     try:
-        files = _files(args, PROCESSOR_FILES)
+        files = repository_files(args, PROCESSOR_FILES)
     except (OSError, ValueError) as error:
         raise EngineError(
             f"{checkpoint.items}: has a vision tower, and its image processor is taken from the tokenizer's repository; "
@@ -90,14 +90,14 @@ def generation_files(args: EngineArgs) -> list[Path] | None:
     if args.tokenizer is None:
         return None
     try:
-        return _files(args, GENERATION_FILES)
+        return repository_files(args, GENERATION_FILES)
     except (OSError, ValueError) as error:
         # vLLM loads the tokenizer next, with its own error where it cannot. It may also have been asked not to.
         logger.warning("%s of %s cannot be downloaded: %s", GENERATION_CONFIG, args.tokenizer, error)
         return None
 
 
-def _files(args: EngineArgs, patterns: Sequence[str]) -> list[Path]:
+def repository_files(args: EngineArgs, patterns: Sequence[str]) -> list[Path]:
     """Files in the tokenizer's directory or repository.
 
     Raises:
@@ -133,19 +133,23 @@ def kind_of_model(files: Sequence[Path] | None) -> Literal["chat", "base"]:
 
 
 def _assumed_generation_config(
-    preset: Preset, kind: Literal["chat", "base"], config: PretrainedConfig, where: str
+    preset: Preset | None, kind: Literal["chat", "base"], config: PretrainedConfig, where: str
 ) -> str:
     """generation_config.json for a tokenizer without one: where the published model stops; says so."""
     text: Any = config.get_text_config()
-    stops = list(preset.stops if kind == "chat" else preset.base_stops)
+    if preset is None:
+        stops, model = config.eos_token_id, "its config.json says"
+    else:
+        stops = list(preset.stops if kind == "chat" else preset.base_stops)
+        base = "" if kind == "chat" else "'s base model (the tokenizer has no chat template)"
+        model = f"{preset.published[0]}{base} does"
     logger.info(
-        "%s: the tokenizer comes without a %s. Assumed: generation stops at token ids %s, as %s does%s, and vLLM's default "
+        "%s: the tokenizer comes without a %s. Assumed: generation stops at token ids %s, as %s, and vLLM's default "
         "sampling. --generation-config DIR gives another file, --override-generation-config single values.",
         where,
         GENERATION_CONFIG,
         stops,
-        preset.published[0],
-        "" if kind == "chat" else "'s base model (the tokenizer has no chat template)",
+        model,
     )
     return json.dumps(
         {"bos_token_id": text.bos_token_id, "eos_token_id": stops, "pad_token_id": text.pad_token_id},
@@ -158,6 +162,7 @@ def write_config_dir(
     model_name: str | None,
     files: Sequence[Path] = (),
     assume: Literal["chat", "base"] | None = "chat",
+    published: PretrainedConfig | None = None,
 ) -> Path:
     """A directory with the checkpoint's config.json, for vLLM to take as `model`.
 
@@ -167,6 +172,7 @@ def write_config_dir(
         checkpoint: what was found.
         model_name: preset to take from what shapes cannot tell.
         files: files that vLLM looks for in the same directory; they are linked.
+        published: configuration to take instead of one made from the shapes.
         assume: kind of model whose generation_config.json is made where `files` has none; None makes none.
 
     Raises:
@@ -175,19 +181,25 @@ def write_config_dir(
     """
     from vllm_maxtext_loader.huggingface.config import choose_preset, make_config
 
-    config = make_config(checkpoint.dims, model_name, checkpoint.items)
-    preset = choose_preset(checkpoint.dims, model_name, checkpoint.items)
+    if published is not None:
+        config, preset = published, None
+    else:
+        config = make_config(checkpoint.dims, model_name, checkpoint.items)
+        preset = choose_preset(checkpoint.dims, model_name, checkpoint.items)
     contents = {"config.json": json.dumps(config.to_dict(), indent=2, sort_keys=True)}
     links = {file.name: file.resolve() for file in files}
     if assume is not None and GENERATION_CONFIG not in links:
         contents[GENERATION_CONFIG] = _assumed_generation_config(preset, assume, config, checkpoint.items)
     directory = _directory(f"{sorted(contents.items())}{sorted(links.items())}")
     _write(directory, {name: text.encode() for name, text in contents.items()}, links)
-    logger.info(
-        "Configuration read from the checkpoint's shapes; what they cannot tell (sliding window, rope, top-k) is %s's: %s",
-        preset.published[0],
-        directory / "config.json",
-    )
+    if preset is None:
+        source = "config.json of the tokenizer's repository, whose dimensions are the checkpoint's"
+    else:
+        source = (
+            f"read from the checkpoint's shapes; what they cannot tell (sliding window, rope, top-k) is "
+            f"{preset.published[0]}'s"
+        )
+    logger.info("Configuration: %s: %s", source, directory / "config.json")
     return directory
 
 

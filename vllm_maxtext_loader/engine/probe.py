@@ -45,6 +45,7 @@ def probe(
     step: int | None,
     *,
     trim: bool,
+    model_name: str | None = None,
     tokenizer: str | None = None,
     cache: Path | None = None,
     draft: str | None = None,
@@ -54,6 +55,7 @@ def probe(
     Args:
         source: path or URL, as `open_checkpoint` takes it.
         step: likewise.
+        model_name: MaxText's name of the published model, or None.
         trim: do not count padded vocabulary rows; for when no configuration tells the vocabulary's size.
         tokenizer: what the user gave as tokenizer; a Hugging Face name is left alone.
         cache: directory below which a tokenizer from a bucket is stored.
@@ -64,7 +66,7 @@ def probe(
         EngineError: `tokenizer` is a checkpoint, or a URL without a tokenizer (nothing of it was copied); or `draft` is a
             checkpoint.
     """
-    request: dict[str, Any] = {"path": source, "step": step, "trim": trim}
+    request: dict[str, Any] = {"path": source, "step": step, "trim": trim, "model_name": model_name}
     if tokenizer is not None and _is_path(tokenizer):
         request |= {"tokenizer": tokenizer, "cache": str(cache)}
     if draft is not None and _is_path(draft):
@@ -147,7 +149,7 @@ def _look(request: dict[str, Any]) -> dict[str, Any]:
     from vllm_maxtext_loader.conversion.plan import make_plan
     from vllm_maxtext_loader.conversion.vocabulary import refuse_used_rows
 
-    checkpoint = open_checkpoint(request["path"], step=request["step"])
+    checkpoint = open_checkpoint(request["path"], step=request["step"], model_name=request.get("model_name"))
     dims = (checkpoint.trimmed_plan() if request["trim"] else checkpoint.plan).dims
     if "vocab" in request:
         plan = make_plan(checkpoint.tree, checkpoint.plan.family, dims.with_sizes(vocab=request["vocab"]))
