@@ -41,8 +41,12 @@ RELAID = (
     "down_proj.linear.weight",
     "o_proj.weight",
     "qkv_proj.weight",
+    "w2_weight",
 )
-"""Weights whose columns per device may be no multiple of 128: XLA then prefers the other order of axes."""
+"""Weights whose share per device may be no multiple of a tile: XLA then prefers another order of axes.
+
+docs/evidence.md says what is done about it.
+"""
 
 Compile = Callable[[str], dict[str, Any]]
 
@@ -84,7 +88,7 @@ def test_compiles(compiled: Compile, name: str) -> None:
         assert "error" not in found, (topology, found["error"])
         kinds = [program["name"] for program in found["programs"]]
         assert kinds == ["step", "logits", *(["vision encoder"] if CASES[name].vision else [])]
-    assert answer["peak_bytes"] < 9 << 30
+    assert answer["peak_bytes"] < (11 if CASES[name].vision else 9) << 30
 
 
 @cases
@@ -147,7 +151,7 @@ def test_loading_takes_a_region_and_little_else(compiled: Compile, name: str) ->
 
 @cases
 def test_layouts_that_are_not_row_major_are_known(compiled: Compile, name: str) -> None:
-    """What the runtime must transpose: linear layers with two axes, and neither experts nor embeddings."""
+    """Embeddings and the experts' w13, most of the bytes, always are row-major."""
     for topology, found in compiled(name)["topologies"].items():
         assert [key for key in found["relaid"] if not key.endswith(RELAID)] == [], topology
 
