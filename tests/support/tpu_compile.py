@@ -76,8 +76,10 @@ CASES: dict[str, Case] = {
     "26b TP 1": Case("gemma4-26b", 6, ("v6e:1x1", "tpu7x:2x2x1"), 1),
     "26b EP 8": Case("gemma4-26b", 6, ("v5e:2x4", "v6e:2x4", "tpu7x:2x2x1"), 8, expert_parallel=True),
     "26b TP 16, 4 hosts": Case("gemma4-26b", 6, ("v6e:4x4",), 16),
-    # One topology: the compiler needs several GiB for the vision encoder.
-    "26b with images": Case("gemma4-26b", 6, ("v6e:2x2",), 4, vision=True),
+    # A process for each: the compiler takes several GiB of host memory for the vision encoder.
+    "26b with images, v5e": Case("gemma4-26b", 6, ("v5e:2x2",), 4, vision=True),
+    "26b with images, v6e": Case("gemma4-26b", 6, ("v6e:2x2",), 4, vision=True),
+    "26b with images, tpu7x": Case("gemma4-26b", 6, ("tpu7x:2x2x1",), 4, vision=True),
     "26b, all layers": Case("gemma4-26b", None, ("v6e:2x4",), 8),
     "31b TP 8": Case("gemma4-31b", 6, ("v5e:2x4", "v6e:2x4", "tpu7x:2x2x1"), 8),
     "31b TP 4": Case("gemma4-31b", 6, ("v5e:2x2", "v6e:2x2", "tpu7x:2x2x1"), 4),
