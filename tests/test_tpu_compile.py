@@ -194,12 +194,12 @@ def test_ignored_weight_is_caught_quick(tmp_path: Path) -> None:
 
 
 def test_what_tpu_inference_refuses_is_one_named_error_quick(tmp_path: Path) -> None:
-    case = CASES["e2b, all layers"]
+    case = CASES["26b TP 4"]
     answer = tpu_compile.run(
         case.write(tmp_path / "run"),
         tmp_path,
         topologies=("v4:2x2x1", "v9:1x1"),
-        arguments={**case.arguments(), **SMALL},
+        arguments=case.arguments(),
     )
     old, unknown = (answer["topologies"][name]["error"] for name in ("v4:2x2x1", "v9:1x1"))
     assert old.startswith("EngineError: v4:2x2x1: the step program")
