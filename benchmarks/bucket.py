@@ -251,23 +251,23 @@ def in_process(port: int, *arguments: str, **environment: str) -> dict[str, floa
 Rows = dict[str, list[dict[str, float]]]
 
 
-def measure(
-    root: Path, prefix: str, network: Network, rounds: int, with_runai: bool, gets_at: list[int]
-) -> Rows:
-    """Every reader, `rounds` times in turn."""
+def measure(root: Path, prefix: str, network: Network, rounds: int, readers: list[tuple[str, int]]) -> Rows:
+    """This package and the other readers (name, requests at a time), `rounds` times in turn."""
     rows: Rows = collections.defaultdict(list)
+    url = f"gs://bucket/{prefix}"
     with bucket(root, network) as port:
         for _ in range(rounds):
-            rows["ours"].append(in_process(port, "ours", f"gs://bucket/{prefix}"))
-            rows["before"].append(in_process(port, "before", f"gs://bucket/{prefix}"))
-            for count in gets_at:
-                rows[f"GET {count}"].append(
-                    in_process(port, "gets", str(root), prefix, str(port), str(count))
-                )
-            for count in RUNAI if with_runai else ():
-                url = "gs://bucket/safetensors/model.safetensors"
-                row = in_process(port, "runai", url, RUNAI_STREAMER_CONCURRENCY=str(count))
-                rows[f"run:ai {count}"].append(row)
+            rows["ours"].append(in_process(port, "ours", url))
+            for reader, count in readers:
+                match reader:
+                    case "GET":
+                        row = in_process(port, "gets", str(root), prefix, str(port), str(count))
+                    case "run:ai":
+                        file = "gs://bucket/safetensors/model.safetensors"
+                        row = in_process(port, "runai", file, RUNAI_STREAMER_CONCURRENCY=str(count))
+                    case _:
+                        row = in_process(port, "before", url)
+                rows[f"{reader} {count}"].append(row)
     return rows
 
 
@@ -277,7 +277,7 @@ def median(rows: list[dict[str, float]], key: str) -> float:
 
 
 def report(name: str, rows: Rows) -> None:
-    """One line: ours in seconds, the others as multiples of it."""
+    """One line: ours in seconds, and as a part of the others' time (of run:ai's best)."""
     own = median(rows["ours"], "seconds")
     get = median(rows["GET 128"], "seconds")
     best = min(
@@ -286,7 +286,7 @@ def report(name: str, rows: Rows) -> None:
     print(
         f"{name:<52}{own:>7.2f}{median(rows['ours'], 'bytes') / own / 1e6:>7.0f}"
         f"{median(rows['ours'], 'in_flight'):>6.0f}{median(rows['ours'], 'memory'):>8.2f}{own / get:>9.2f}"
-        f"{own / best:>10.2f}{own / median(rows['before'], 'seconds'):>9.2f}",
+        f"{own / best:>10.2f}{own / before:>9.2f}",
         flush=True,
     )
 
@@ -343,13 +343,20 @@ def main() -> None:
     parser.add_argument("--latency-ms", type=float, nargs="+", default=[50])
     parser.add_argument("--total-mb-s", type=float, nargs="+", default=[float("inf")])
     parser.add_argument("--gets", type=int, nargs="+", default=GETS)
-    parser.add_argument("--no-runai", action="store_true", help="leave run:ai's streamer out")
+    parser.add_argument(
+        "--runai", type=int, nargs="*", default=RUNAI, help="requests at a time; none leaves it out"
+    )
+    parser.add_argument("--no-before", action="store_true", help="leave out what takes a request per chunk")
     parser.add_argument(
         "--directory", type=Path, help="where to put checkpoints; default: a temporary directory"
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the first layout and format")
     args = parser.parse_args()
-    with_runai = not args.no_runai and importlib.util.find_spec("runai_model_streamer") is not None
+    installed = importlib.util.find_spec("runai_model_streamer") is not None
+    readers = [("GET", count) for count in sorted({*args.gets, 128})]
+    readers += [("run:ai", count) for count in args.runai] if installed else []
+    readers += [] if args.no_before else [("before", 16)]
+    with_runai = any(reader == "run:ai" for reader, _ in readers)
     versions = [f"{name} {version(name)}" for name in ("tensorstore", "orbax-checkpoint", "zstandard")]
     versions += [f"runai-model-streamer {version('runai-model-streamer')}"] if with_runai else []
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {', '.join(versions)}"
@@ -366,8 +373,7 @@ def main() -> None:
             if with_runai:
                 write_safetensors(root / "safetensors/model.safetensors", stored)
             for network in networks:
-                gets_at = sorted({*args.gets, 128})
-                rows = measure(root, "run", network, args.rounds, with_runai, gets_at)
+                rows = measure(root, "run", network, args.rounds, readers)
                 report(f"{chunks}, {form}, {network}", rows)
                 if (chunks, form) == (args.layouts[0], args.formats[0]):
                     curve[network] = rows

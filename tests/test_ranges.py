@@ -142,7 +142,8 @@ def test_a_range_is_repeated_and_the_others_go_on(
     url, _ = run
     tree = read_tree(locate(url, None), tensorstore_context())
     proxy.clear()
-    proxy.faults = [gcs.Fault("read ", after=2, times=1, **fault)]
+    # In files of zarr v3 the index of a shard comes before its ranges.
+    proxy.faults = [gcs.Fault("read .*(process_0/d/|embedding/c?)", after=1, times=1, **fault)]
     ours = logging.getLogger("vllm.vllm_maxtext_loader")
     ours.addHandler(caplog.handler)
     try:

@@ -40,7 +40,7 @@ class Options:
             None means chosen by shape.
         fold_expert_scales: multiply `per_expert_scale` into the experts' `down_proj`.
             "auto" folds where the engine does not apply the scale itself (tpu-inference).
-        concurrent_gib: bytes of decoded array data in flight at a time, in GiB; None means chosen by size
+        concurrent_gib: bytes of array data in flight at a time, in GiB; None means chosen by size
             (`read_budget`).
         checksums: file that `vllm-maxtext checksum` wrote; array data is compared with it while streaming.
     """

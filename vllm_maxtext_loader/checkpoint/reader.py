@@ -4,7 +4,7 @@ A leaf of a scanned model holds the same weight of every layer, and a stored chu
 layer by layer would decode every chunk once per layer. Here a leaf is cut along its chunk grid into regions;
 several regions are in flight at a time, never more bytes of them than the budget.
 
-TensorStore decodes into memory of ours, a ring that is used over and over: new memory for every region would cost the
+TensorStore (for a bucket, `remote`) decodes into memory of ours, a ring that is used over and over: new memory for every region would cost the
 kernel as long to hand out as the decoder needs to fill it.
 """
 
@@ -196,7 +196,8 @@ def read_regions(
         StorageError: the storage refuses, or does not answer within the time limit; likewise.
     """
     leaves = list(leaves)
-    remote = any(is_remote(arrays[leaf.key]) for leaf in leaves if leaf.key in arrays)
+    opened = (arrays[leaf.key] for leaf in leaves if leaf.key in arrays)
+    remote = next((is_remote(array) for array in opened if array.kvstore is not None), False)
     window = fetch_window(budget) if remote else 0
     limit = max(1, (budget - window) // _REGIONS_IN_FLIGHT)
     regions = (

@@ -172,7 +172,7 @@ class Fetcher(threading.Thread):
     Args:
         streams: what to fetch; taken in this thread, as far ahead as the window reaches.
         window: bytes that may be requested and not consumed yet; at least one range is.
-        ahead: bytes of the window that one stream may use.
+        ahead: bytes of the window that one stream may use; at least two ranges.
         transfers: what is fetched is added to it.
     """
 
@@ -184,7 +184,8 @@ class Fetcher(threading.Thread):
         self._streams: Iterator[Stream] | None = streams(self)
         self._size = max(_SMALLEST_RANGE, min(_LARGEST_RANGE, window // REQUESTS))
         self._window = max(window, self._size)
-        self._ahead = max(ahead, self._size)
+        # Two, so that one is under way while the other is decoded.
+        self._ahead = max(ahead, 2 * self._size)
         self._events: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._active: collections.deque[Stream] = collections.deque()
         self._outstanding = self._in_flight = 0
