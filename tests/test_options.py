@@ -101,7 +101,7 @@ def test_unusable_value_names_key_and_value(key: str, value: object) -> None:
 )
 def test_read_budget(nbytes: int, chunk: int, cores: int, budget: int) -> None:
     assert read_budget(None, nbytes, chunk, cores) == budget
-    stored = min(max(nbytes // 8, GIB // 8), GIB)
+    stored = min(max(3 * nbytes // 16, 192 << 20), GIB)
     assert read_budget(None, nbytes, chunk, cores, remote=True) == budget + stored
     assert read_budget(0.5, nbytes, chunk, cores, remote=True) == GIB // 2
     assert read_budget(0.5, nbytes, chunk, cores) == GIB // 2
@@ -121,6 +121,6 @@ def test_budget_beyond_memory_is_refused_with_both_numbers() -> None:
 
 
 def test_stored_bytes_take_no_more_than_is_free() -> None:
-    assert fetch_window(GIB // 8) == GIB // 16
+    assert fetch_window(GIB // 8) == 96 << 20
     assert fetch_window(1 << 50) <= min(GIB, memory_nbytes() // 4)
     assert 0 < available_nbytes() <= memory_nbytes()

@@ -126,8 +126,8 @@ def read_budget(
         chunk_nbytes: decoded size of the largest stored chunk. One chunk is decoded by one core; a chunk of the
             published 26B-A4B's experts, converted with MaxText's default of 16 devices, has 793 MB.
         cores: that decode.
-        remote: whether the checkpoint is in a bucket. The bytes that are under way need memory, too: an eighth of the
-            checkpoint, but at least 128 MiB and at most 1 GiB.
+        remote: whether the checkpoint is in a bucket. The bytes that are under way need memory, too: three sixteenths of
+            the checkpoint, but at least 192 MiB and at most 1 GiB.
 
     Raises:
         OptionError: `concurrent_gib` is not positive, or more than this machine's memory.
@@ -135,21 +135,22 @@ def read_budget(
     if concurrent_gib is not None:
         return _budget(concurrent_gib)
     decoded = max(min(max(nbytes // 16, GIB // 16), 2 * GIB), min(cores * chunk_nbytes, nbytes // 8))
-    return decoded + min(max(nbytes // 8, _LEAST_STORED), _MOST_STORED) if remote else decoded
+    return decoded + min(max(3 * nbytes // 16, _LEAST_STORED), _MOST_STORED) if remote else decoded
 
 
 _MOST_STORED = GIB
 """Stored bytes in flight at most: 128 requests of 8 MiB."""
 
-_LEAST_STORED = GIB // 8
+_LEAST_STORED = 192 << 20
 
 
 def fetch_window(budget: int) -> int:
     """Bytes of a read budget that stored bytes may take, where they come from a bucket; the rest is for decoded ones.
 
-    At most a quarter of the memory that is free.
+    What was requested and has not arrived counts, although it takes no memory yet: three quarters of the budget, and at
+    most a quarter of the memory that is free.
     """
-    return min(budget // 2, _MOST_STORED, available_nbytes() // 4)
+    return min(budget * 3 // 4, _MOST_STORED, available_nbytes() // 4)
 
 
 def _budget(concurrent_gib: float) -> int:
