@@ -26,7 +26,8 @@ import numpy as np
 import tensorstore as ts
 
 from vllm_maxtext_loader.checkpoint.arrays import array_error
-from vllm_maxtext_loader.checkpoint.remote import Region, RegionRead, RemoteReads, is_remote
+from vllm_maxtext_loader.checkpoint.chunks import Region, is_remote
+from vllm_maxtext_loader.checkpoint.remote import RegionRead, RemoteReads
 from vllm_maxtext_loader.checkpoint.storage.path import Location
 from vllm_maxtext_loader.checkpoint.storage.ranges import Transfers
 from vllm_maxtext_loader.checkpoint.storage.retry import to_storage_error
