@@ -88,6 +88,24 @@ def test_any_value_but_zero_counts(edited: Callable[..., Path], smaller: Any, va
         open_checkpoint(edited(CASE, edit)).with_config(smaller)
 
 
+def test_output_head_is_looked_at_too(edited: Callable[..., Path], twin: Callable[[str], Path]) -> None:
+    """A head of its own has the vocabulary last: its rows are columns of the leaf."""
+    config = transformers.AutoConfig.from_pretrained(twin("qwen3_scanned"))
+    rows, config.vocab_size = config.vocab_size, config.vocab_size - 20
+
+    def edit(params: Tree) -> None:
+        table, head = params["token_embedder"], params["decoder"]["logits_dense"]
+        table["embedding"], head["kernel"] = np.array(table["embedding"]), np.array(head["kernel"])
+        table["embedding"][rows - 20 :] = 0
+        head["kernel"][:, rows - 20 : rows - 3] = 0
+
+    with pytest.raises(
+        ConfigMismatchError,
+        match=rf"leaf params\.params\.decoder\.logits_dense\.kernel has {rows} vocabulary rows, .*, and 3 of the 20 rows",
+    ):
+        open_checkpoint(edited("qwen3_scanned", edit)).with_config(config)
+
+
 def test_per_layer_vocabulary_is_never_cut(twin: Callable[[str], Path]) -> None:
     """E2B's second table: its rows are not dropped on the word of a configuration, zero or not."""
     config = transformers.AutoConfig.from_pretrained(twin("e2b"))
