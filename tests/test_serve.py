@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -161,3 +162,31 @@ def test_log_is_plain(server: Server) -> None:
     assert "Skipped newer steps" in log
     assert "step 7" in log or "/7" in log
     assert log.count("JAX runs on the CPU") == 1
+
+
+def test_qwen3_moe_with_the_configuration_next_to_the_tokenizer(
+    twin: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """A mixture of experts of no published size: what shapes do not tell is in the tokenizer's directory."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    name = "qwen3moe_scanned"
+    tokenizer = write_tokenizer(tmp_path / "tokenizer", vocab_size=320)
+    shutil.copyfile(cases()[name].twin_config / "config.json", tokenizer / "config.json")
+    storage, proxy = gcs.shared()
+    storage.upload(FIXTURES / name / "checkpoints", gcs.BUCKET, "qwen/checkpoints/")
+    tokens = AutoTokenizer.from_pretrained(tokenizer)(PROMPT).input_ids
+    model = AutoModelForCausalLM.from_pretrained(twin(name), dtype=torch.float32)
+    with torch.no_grad():
+        reference = model(torch.tensor([tokens])).logits[0, -1].log_softmax(-1)
+    with (
+        gcs.environment(proxy.url),
+        serving(f"gs://{gcs.BUCKET}/qwen/checkpoints", tokenizer, tmp_path / "log.txt") as running,
+    ):
+        body = {"model": running.model, "prompt": PROMPT, "max_tokens": 1, "temperature": 0, "logprobs": 5}
+        answer = running.post("/v1/completions", {**body, "return_tokens_as_token_ids": True})
+    (top,) = answer["choices"][0]["logprobs"]["top_logprobs"][:1]
+    limit = 5 * bound(model.config.num_hidden_layers, float(reference.std()))
+    for token, logprob in top.items():
+        assert abs(logprob - float(reference[int(token.removeprefix("token_id:"))])) < limit
+    assert "config.json of the tokenizer's repository" in running.log.read_text()
