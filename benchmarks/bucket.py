@@ -283,6 +283,7 @@ def report(name: str, rows: Rows) -> None:
     best = min(
         (median(rows[key], "seconds") for key in rows if key.startswith("run:ai")), default=float("nan")
     )
+    before = median(rows["before 16"], "seconds") if "before 16" in rows else float("nan")
     print(
         f"{name:<52}{own:>7.2f}{median(rows['ours'], 'bytes') / own / 1e6:>7.0f}"
         f"{median(rows['ours'], 'in_flight'):>6.0f}{median(rows['ours'], 'memory'):>8.2f}{own / get:>9.2f}"
