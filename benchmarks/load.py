@@ -217,15 +217,16 @@ def make_pair(directory: Path, dims: dict[str, Any]) -> tuple[Path, Path]:
 def write_config(directory: Path, checkpoint: Path) -> None:
     """config.json of the cut-down model: the preset's settings with the checkpoint's dimensions."""
     from vllm_maxtext_loader import open_checkpoint
-    from vllm_maxtext_loader.huggingface import config as hf_config
+    from vllm_maxtext_loader.families import find_preset
+    from vllm_maxtext_loader.huggingface.config import make_config
 
-    opened = open_checkpoint(checkpoint)
-    dims = opened.plan.dims
-    preset = hf_config.PRESETS["gemma4-26b" if dims.experts else "gemma4-31b"]
-    if dims.experts and preset.top_k and preset.top_k > dims.experts:
-        raise SystemExit(f"{dims.experts} experts are too few for top-{preset.top_k}: choose a larger --gib")
-    name = "gemma4-26b" if dims.experts else "gemma4-31b"
-    config = hf_config.make_config(dims, name, str(checkpoint))
+    dims = open_checkpoint(checkpoint).plan.dims
+    experts = dims.sizes.get("experts")
+    name = "gemma4-26b" if experts else "gemma4-31b"
+    _, preset = find_preset(name)
+    if experts and preset.top_k and preset.top_k > experts:
+        raise SystemExit(f"{experts} experts are too few for top-{preset.top_k}: choose a larger --gib")
+    config = make_config(dims, name, str(checkpoint))
     # The published 262,144 positions make a rope table of a gigabyte, which has nothing to do with loading.
     config.max_position_embeddings = 4096
     config.save_pretrained(directory)

@@ -48,6 +48,7 @@ def plan_seconds() -> tuple[float, int, int]:
     from vllm_maxtext_loader.checkpoint.storage.path import Location
     from vllm_maxtext_loader.checkpoint.tree import Leaf, Tree
     from vllm_maxtext_loader.conversion.plan import make_plan
+    from vllm_maxtext_loader.families import identify
 
     dims = dict(load.SHAPES["26b"], layers=30, experts=128, vocab=262_144, head_dim=256, global_head_dim=512)
     dtype = np.dtype(ml_dtypes.bfloat16)
@@ -62,10 +63,12 @@ def plan_seconds() -> tuple[float, int, int]:
         skipped=(),
         ocdbt=True,
         zarr3=True,
+        complete=True,
+        base=Location("/synthetic/items"),
         arrays={},
     )
     started = time.perf_counter()
-    plan = make_plan(tree)
+    plan = make_plan(tree, identify(tree.leaves, "synthetic"))
     return time.perf_counter() - started, len(plan.leaves), len(plan.targets)
 
 
