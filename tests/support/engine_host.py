@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,11 @@ def main() -> None:
         join(address, int(processes), int(process))
     found = {job["name"]: run(job) for job in json.loads(Path(jobs).read_text())}
     Path(answers).write_text(json.dumps(found))
+    # The first process coordinates the others: JAX ends them where it is gone before they have written.
+    everyone = [Path(answers).with_name(f"{number}-of-{processes}.json") for number in range(int(processes))]
+    deadline = time.monotonic() + 300
+    while not all(path.exists() for path in everyone) and time.monotonic() < deadline:
+        time.sleep(0.05)
     # An orderly end would wait for the others.
     sys.stdout.flush()
     os._exit(0)
