@@ -112,6 +112,20 @@ def test_e4b_on_one_v6e_chip(published: Run) -> None:
     assert found.kv_tokens > found.max_model_len == 131_072
 
 
+def test_every_chip_holds_the_vision_tower(published: Run, tmp_path: Path) -> None:
+    dims = metadata_only.published("gemma4-26b", vision=True)
+    seeing = metadata_only.write(tmp_path / "run", metadata_only.leaves(dims))
+    plan = open_checkpoint(seeing).plan
+    tower = sum(
+        target.nbytes
+        for name, target in plan.targets.items()
+        if ".vision_tower." in name or "embed_vision" in name
+    )
+    assert tower > 1 << 30
+    more = row(seeing, "v6e-8").weight_bytes - row(published("gemma4-26b"), "v6e-8").weight_bytes
+    assert more == pytest.approx(tower, rel=0.01)
+
+
 def test_what_no_slice_of_a_kind_holds(published: Run) -> None:
     found = row(published("gemma4-31b"), "v6e-1", tensor_parallel_size=1)
     assert found.line is None

@@ -46,7 +46,8 @@ def leaves(dims: ModelDims) -> dict[str, tuple[int, ...]]:
     for row in family.converters:
         # Prefused experts are another way of storing the same tensor; so are the MLP and the shared expert.
         shared = "shared_experts" in row.leaf
-        dense = dims.family == "gemma4" and row.leaf.startswith(("mlp.wi_", "mlp.wo"))
+        decoder = dims.family == "gemma4" and row.scope is Scope.LAYER
+        dense = decoder and row.leaf.startswith(("mlp.wi_", "mlp.wo"))
         if "gate_up" in row.rearrange.maxtext_axes or (shared and not moe) or (dense and moe):
             continue
         for index in family.repeats(dims, row.scope):
