@@ -12,6 +12,7 @@ One process starts all engines of a device count (see support/engine_worker.py);
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 
 from support.checkpoints import FIXTURES, cases
 from support.engine import PROMPTS, bound, distance, read_config, reference_logprobs, run_jobs, vocabulary
+from vllm_maxtext_loader import open_checkpoint
 
 pytestmark = pytest.mark.engine
 
@@ -36,7 +38,7 @@ PARALLEL = {
     "qwen2_scanned": ["4"],
     "mixtral_scanned": ["8", "4-ep"],
     "gemma3_scanned": ["8"],
-    "gptoss_scanned": ["1"],
+    "gptoss_scanned": ["1", "4-ep"],
 }
 """Tensor parallel sizes per checkpoint; -ep with expert parallelism."""
 
@@ -139,6 +141,21 @@ def test_all_ways_end_in_the_same_bits(parallel: dict[str, Any], key: str, way: 
     assert "error" not in answer, answer.get("traceback")
     assert answer["differences"] == {}
     assert answer["placed_elsewhere"] == []
+
+
+SMALL = r"norm|router|\.gate\.|scalar|sinks"
+"""Names of the tensors that go through `model.load_weights`."""
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["moe_v2-tp1", "qwen2_scanned-tp4", "llama31_scanned-tp8", "gptoss_scanned-tp1", "gptoss_scanned-tp4-ep"],
+)
+def test_matrices_and_their_biases_are_placed_directly(parallel: dict[str, Any], key: str) -> None:
+    plan = open_checkpoint(cases()[key.partition("-tp")[0]].items).plan
+    (summary,) = [line for line in parallel[f"{key} direct"]["log"] if line.startswith("INFO Loaded ")]
+    small = sum(bool(re.search(SMALL, name)) for name in plan.targets)
+    assert f" {len(plan.targets)} tensors ({len(plan.targets) - small} placed directly)" in summary
 
 
 def test_log_says_what_was_loaded_and_assumed(parallel: dict[str, Any]) -> None:

@@ -137,12 +137,14 @@ def test_outer_axes_are_contiguous() -> None:
 
 
 @pytest.mark.parametrize("shape", [(6, 4, 8), (5, 1, 3), (1, 4, 2)])
-@pytest.mark.parametrize("axis_groups", [((0,), (1, 2)), ((0, 1), (2,)), ((0,), (1,), (2,))])
+@pytest.mark.parametrize(
+    "axis_groups", [((0,), (1, 2)), ((0, 1), (2,)), ((0,), (1,), (2,)), ((0, 1), (), (2,))]
+)
 def test_blocks_are_the_flattened_array(
     shape: tuple[int, ...], axis_groups: tuple[tuple[int, ...], ...]
 ) -> None:
     values = np.arange(np.prod(shape)).reshape(shape)
-    flat = values.reshape([int(np.prod([shape[axis] for axis in group])) for group in axis_groups])
+    flat = values.reshape([math.prod(shape[axis] for axis in group) for group in axis_groups])
     for chunks in itertools.product(*[{1, max(1, size // 2), size} for size in shape]):
         made = np.full_like(flat, -1)
         for region in chunk_regions(Leaf("a", ("a",), shape, values.dtype, chunks), 1):
@@ -184,7 +186,7 @@ def test_columns_go_where_tpu_inference_puts_them(n_shards: int) -> None:
     np.testing.assert_array_equal(made, wanted)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (5, 7), (7, 5, 3), (2, 3, 2, 2)])
+@pytest.mark.parametrize("shape", [(7,), (1, 1), (5, 7), (7, 5, 3), (2, 3, 2, 2)])
 @pytest.mark.parametrize("size", [1, 4, 15, 10_000])
 def test_parts_cover_a_block_once(shape: tuple[int, ...], size: int) -> None:
     times, rest = np.zeros(shape, int), math.prod(shape[2:])

@@ -171,3 +171,15 @@ def test_config_round_trips_through_dimensions(family: str, name: str) -> None:
     known = by_name(family)
     dims = next(preset.dims for preset in known.presets if preset.name == name)
     assert known.from_config(make_config(dims, name, name)) == dims
+
+
+@pytest.mark.parametrize(
+    ("pattern", "interleaved"),
+    [
+        ("experts hidden mlp -> experts hidden (mlp part)", True),
+        ("experts hidden mlp -> experts (part mlp) hidden", False),
+        ("hidden mlp -> mlp hidden", False),
+    ],
+)
+def test_parts_that_take_turns_are_known(pattern: str, interleaved: bool) -> None:
+    assert Rearrange(pattern, part=0).interleaved is interleaved

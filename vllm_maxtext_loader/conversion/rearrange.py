@@ -47,6 +47,11 @@ class Rearrange:
         return tuple(tuple((group or single).split()) for group, single in groups)
 
     @functools.cached_property
+    def interleaved(self) -> bool:
+        """Whether the parts take turns along the axis of the Hugging Face tensor that they share."""
+        return any(PART in group[1:] for group in self.hf_axes)
+
+    @functools.cached_property
     def _sides(self) -> tuple[str, str]:
         left, _, right = self.pattern.partition("->")
         return left.strip(), right.strip()

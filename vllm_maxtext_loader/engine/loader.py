@@ -15,7 +15,7 @@ import itertools
 import os
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -146,7 +146,9 @@ class MaxTextModelLoader(BaseModelLoader):
             dry.weights |= wanted
             logger.info("%s: placed without values. This engine cannot answer.", checkpoint.plan.where)
             return
-        progress.report(time.perf_counter() - started)
+        progress.report(
+            time.perf_counter() - started, None if shard_writer is None else shard_writer.targets()
+        )
         values.report()
 
     def _open(self, model_config: ModelConfig) -> Checkpoint:
@@ -305,8 +307,13 @@ class LoadProgress:
         """Leaves the terminal in order, whatever happened."""
         self.bar.close()
 
-    def report(self, seconds: float) -> None:
-        """One line: what was loaded, from where, how fast, and where the time went."""
+    def report(self, seconds: float, direct: Collection[str] | None) -> None:
+        """One line: what was loaded, from where, how fast, and where the time went.
+
+        Args:
+            seconds: in all.
+            direct: tensors that were placed directly; None where all went through `model.load_weights`.
+        """
         from vllm_maxtext_loader.conversion.layout import describe
 
         plan, tree = self.checkpoint.plan, self.checkpoint.tree
@@ -319,7 +326,7 @@ class LoadProgress:
         times = self.times
         times.placing = max(0.0, seconds - times.network - times.decoding - times.converting)
         logger.info(
-            "Loaded %s%s: %s (%s), %s, %d leaves into %d tensors, %s in %.1f s (%s/s): %s; "
+            "Loaded %s%s: %s (%s), %s, %d leaves into %d tensors%s, %s in %.1f s (%s/s): %s; "
             "peak host memory %s%s.",
             tree.location.items,
             step,
@@ -328,6 +335,7 @@ class LoadProgress:
             tree.writer,
             len(plan.leaves),
             len(plan.targets),
+            "" if direct is None else f" ({len(direct)} placed directly)",
             _gib(plan.nbytes),
             seconds,
             _gib(plan.nbytes / seconds),

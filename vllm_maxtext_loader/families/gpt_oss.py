@@ -14,6 +14,7 @@ from vllm_maxtext_loader.conversion.dims import LayerDims, ModelDims
 from vllm_maxtext_loader.conversion.family import (
     Family,
     LayerGroup,
+    PackedModule,
     Preset,
     TagField,
     WeightConverter,
@@ -158,6 +159,16 @@ FAMILY = Family(
         "untied": TagField("tie_word_embeddings", "False", "True"),
     },
     kinds={"untied": "an output head of its own"},
-    # All its layers have biases, which tpu-inference packs with the weights.
-    modules=(),
+    modules=(
+        PackedModule(
+            "attn.qkv_proj",
+            ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+        ),
+        PackedModule("attn.o_proj", ("self_attn.o_proj.weight",)),
+        PackedModule(
+            "mlp.experts.routed_experts",
+            ("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
+            is_experts=True,
+        ),
+    ),
 )

@@ -99,30 +99,52 @@ def linear_column_ranges(
 
 @functools.cache
 def expert_column_ranges(
-    mesh: Any, backend: Any, activation: Any, leaves: tuple[str, ...], widths: tuple[int, ...], hidden: int
+    mesh: Any,
+    backend: Any,
+    activation: Any,
+    leaves: tuple[str, ...],
+    widths: tuple[int, ...],
+    hidden: int,
+    *,
+    interleaved: bool = False,
+    has_bias: bool = False,
 ) -> tuple[list[ColumnRange], int] | None:
     """Where the columns of gate and up go, and how many columns the packed array has.
 
-    None where tpu-inference's layout does more than to move columns of gate and up.
+    Args:
+        mesh, backend, activation: of tpu-inference's layer.
+        leaves, widths: gate and up, or the one leaf that is both.
+        hidden: width of the model.
+        interleaved: whether gate and up take turns in the published tensor.
+        has_bias: whether the experts have biases.
+
+    Returns:
+        None where tpu-inference's layout does more than to move columns of gate and up, or moves biases elsewhere.
     """
     from tpu_inference.layers.common.process_weights.moe_weights import process_unquantized_moe_weights
 
     numbers = _numbered(dict(zip(leaves, widths, strict=True)))
-    packed = np.concatenate(list(numbers.values()))
+    columns = list(numbers.values())
+    packed = np.stack(columns, axis=-1).ravel() if interleaved else np.concatenate(columns)
     inner = len(packed) // 2
     # NumPy's arrays: XLA would compile every one of JAX's operations on the way.
     down: Any = np.arange(hidden * inner, dtype=np.int32).reshape(1, hidden, inner)
     gates: Any = packed[None, :, None]
+    biases: Any = (packed[None, :], down[:, :, 0]) if has_bias else (None, None)
     made = process_unquantized_moe_weights(
         mesh=mesh,
         moe_backend=backend,
         activation=activation,
         w13_weight=gates,
-        w13_bias=None,
+        w13_bias=biases[0],
         w2_weight=down,
-        w2_bias=None,
+        w2_bias=biases[1],
     )
     w13, w2 = np.asarray(made.w13_weight), np.asarray(made.w2_weight)
     if w13.ndim != 3 or w13.shape[:2] != (1, 1) or not np.array_equal(w2, np.swapaxes(down, 1, 2)):
+        return None
+    if has_bias and not (
+        np.array_equal(made.w13_bias, w13) and np.array_equal(made.w2_bias, biases[1][:, None, :])
+    ):
         return None
     return _column_ranges(w13[0, 0], leaves, numbers), w13.shape[2]

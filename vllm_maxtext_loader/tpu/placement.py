@@ -30,11 +30,11 @@ from torch import nn
 
 from vllm_maxtext_loader.checkpoint.reader import DecodedRegion, Region
 from vllm_maxtext_loader.checkpoint.tree import Leaf
-from vllm_maxtext_loader.conversion.convert import ScaleStore, keep_scales, layer_of, locate
+from vllm_maxtext_loader.conversion.convert import ScaleStore, cast, keep_scales, layer_of, locate
 from vllm_maxtext_loader.conversion.family import Scope
 from vllm_maxtext_loader.conversion.plan import CopyOp, LeafConversion, Plan
 from vllm_maxtext_loader.tpu.replicated import replicate
-from vllm_maxtext_loader.tpu.shards import Offsets, PendingArray, Shard, flattened_blocks
+from vllm_maxtext_loader.tpu.shards import Convert, Offsets, PendingArray, Shard, flattened_blocks
 from vllm_maxtext_loader.tpu.targets import NON_LAYER, LayerLeaf, Leaves, find_weights
 
 _WRITERS = min(4, len(os.sched_getaffinity(0)))
@@ -204,6 +204,8 @@ class ShardWriter:
                 convert = functools.partial(entry.converter.to_hf, sizes=move.copy_op.sizes)
             elif entry.converter.fold == "output" and self.fold:
                 scales = self.scales.get(move.copy_op.layer, move.rows)
+            if (rounded := move.weight.rounded_to) is not None:
+                convert = _rounding(convert, rounded)
             shard.write(move.values, move.offsets, scales, convert)
         shard.wait()
         self._wrote = time.perf_counter()
@@ -218,6 +220,11 @@ class ShardWriter:
             if not weight.missing_leaves:
                 weight.on_complete(weight.array())
                 self.filled.update(weight.parameters)
+
+
+def _rounding(convert: Convert | None, dtype: np.dtype) -> Convert:
+    """`convert`, with its result rounded to a dtype."""
+    return lambda values: cast(values if convert is None else convert(values), dtype)
 
 
 def _layer(entry: LeafConversion, copy_op: CopyOp) -> int:

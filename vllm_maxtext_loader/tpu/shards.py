@@ -127,6 +127,7 @@ class PendingArray:
         missing_leaves: leaves that are not complete.
         on_complete: puts the array into the module.
         dtype: of the array.
+        rounded_to: dtype that values are rounded to on the way to a wider one; None where that is not needed.
     """
 
     parameters: tuple[str, ...]
@@ -137,6 +138,7 @@ class PendingArray:
     missing_leaves: set[str]
     on_complete: Callable[[jax.Array], None]
     dtype: np.dtype
+    rounded_to: np.dtype | None = None
     _shards: dict[Any, Shard] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
@@ -205,13 +207,17 @@ def update(shard: jax.Array, block: jax.Array, offsets: Offsets, scales: Any) ->
     return jax.lax.dynamic_update_slice(shard, block.astype(shard.dtype), offsets)
 
 
-def tiles(shape: tuple[int, ...], size: int) -> Iterator[tuple[slice, slice]]:
+def tiles(shape: tuple[int, ...], size: int) -> Iterator[Region]:
     """Cuts a block into parts of at most `size` values, along its first axis, and where that is not enough along the second.
 
     Args:
-        shape: of the block, two axes or more.
+        shape: of the block.
         size: number of values; a part is never less than one row of what comes after the second axis.
     """
+    if len(shape) == 1:
+        for row in range(0, shape[0], size):
+            yield (slice(row, min(shape[0], row + size)),)
+        return
     rest = max(1, math.prod(shape[2:]))
     columns = max(1, min(shape[1], size // rest))
     rows = max(1, size // (columns * rest)) if columns == shape[1] else 1
@@ -228,7 +234,7 @@ def flattened_blocks(
         values: [region lengths].
         region: where they lie in an array of `shape`.
         shape: of the whole.
-        axis_groups: axes that become one; at most two in a group.
+        axis_groups: axes that become one; at most two in a group. A group of none is an axis of length one.
 
     Yields:
         (values with one axis per group, where they begin)
@@ -239,7 +245,7 @@ def flattened_blocks(
         values, region = values.transpose(order), tuple(region[axis] for axis in order)
         shape = tuple(shape[axis] for axis in order)
         axis_groups = tuple(tuple(order.index(axis) for axis in group) for group in axis_groups)
-    for outer, *inner in axis_groups:
+    for outer, *inner in filter(None, axis_groups):
         if inner and values.shape[outer] > 1 and values.shape[inner[0]] < shape[inner[0]]:
             for position in range(values.shape[outer]):
                 start = region[outer].start + position
@@ -248,6 +254,8 @@ def flattened_blocks(
             return
     offsets = tuple(
         int(np.ravel_multi_index([region[axis].start for axis in group], [shape[axis] for axis in group]))
+        if group
+        else 0
         for group in axis_groups
     )
     if values.size:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -108,14 +109,16 @@ class _Finder:
         """
         method: Any = module.quant_method
         # A subclass may requantize while loading: those layers take the usual way.
-        if type(method) is not VllmUnquantizedLinearMethod or getattr(module, "bias", None) is not None:
+        if type(method) is not VllmUnquantizedLinearMethod:
             return
         config: Any = method.linear_config
         by_tensor = {leaf.converter.hf: name for name, leaf in own.items()}
         names = [
             by_tensor.get(name) or by_tensor.get(packed.fallback.get(name, "")) for name in packed.tensors
         ]
-        if not config.fuse_matmuls or None in names:
+        has_bias = getattr(module, "bias", None) is not None
+        biases = [by_tensor.get(_bias_of(name)) for name in packed.tensors] if has_bias else []
+        if not config.fuse_matmuls or None in names or None in biases or (has_bias and module.skip_bias_add):
             return
         outputs: list[tuple[str, tuple[int, ...], int]] = []
         groups: dict[str, tuple[tuple[int, ...], ...]] = {}
@@ -132,9 +135,15 @@ class _Finder:
             tuple(outputs), tuple(config.output_sizes), config.n_shards
         )
 
-        def on_complete(array: jax.Array) -> None:
-            _free_parameter(module, "weight")
-            method._store_linear_weights(module, LinearWeights(array, None, None, None))
+        complete: dict[str, jax.Array] = {}
+
+        def on_complete(parameter: str, array: jax.Array) -> None:
+            _free_parameter(module, parameter)
+            complete[parameter] = array
+            if len(complete) == 1 + has_bias:
+                weights = LinearWeights(complete["weight"], None, None, complete.get("bias"))
+                method._store_linear_weights(module, weights)
+                complete.clear()
             method.process_weights_after_loading = _noop_process_weights
 
         first = outputs[0][0]
@@ -147,55 +156,83 @@ class _Finder:
                 axis_groups=groups,
                 column_ranges=column_ranges,
                 missing_leaves=set(groups),
-                on_complete=on_complete,
+                on_complete=functools.partial(on_complete, "weight"),
                 dtype=self._dtype,
             ),
         )
+        if has_bias:
+            of_weight = {weight: bias for weight, bias in zip(names, biases, strict=True) if weight and bias}
+            self._add(
+                layer,
+                PendingArray(
+                    parameters=(f"{self._names[id(module)]}.bias",),
+                    shape=(columns,),
+                    sharding=NamedSharding(config.mesh, config.bias_sharding),
+                    axis_groups={bias: own[bias].axis_groups() for bias in of_weight.values()},
+                    column_ranges=_renamed(column_ranges, of_weight),
+                    missing_leaves=set(of_weight.values()),
+                    on_complete=functools.partial(on_complete, "bias"),
+                    dtype=self._dtype,
+                ),
+            )
 
     def _experts(self, layer: int, module: Any, packed: PackedModule, own: dict[str, LayerLeaf]) -> None:
         """The routed experts of a layer: gate and up (in one leaf or in two), and down."""
         method: Any = module.quant_method
-        if type(method) is not VllmUnquantizedFusedMoEMethod or method.moe.has_bias:
+        if type(method) is not VllmUnquantizedFusedMoEMethod:
             return
         if envs.MOE_REQUANTIZE_WEIGHT_DTYPE:
             return
-        gates, downs = (
-            tuple(
-                sorted(
-                    (name for name, leaf in own.items() if leaf.converter.hf == tensor),
-                    key=lambda name: own[name].converter.rearrange.part or 0,
-                )
-            )
-            for tensor in packed.tensors
-        )
+        gates, downs = (_parts(own, tensor) for tensor in packed.tensors)
+        gate_biases, down_biases = (_parts(own, _bias_of(tensor)) for tensor in packed.tensors)
         parts = {own[name].converter.rearrange.part for name in gates}
         if len(downs) != 1 or parts not in ({None}, {0, 1}):
+            return
+        if method.moe.has_bias and (len(gate_biases), len(down_biases)) != (len(gates), 1):
             return
         count, inner, hidden = own[downs[0]].shape
         widths = tuple(own[leaf].shape[2] for leaf in gates)
         found = expert_column_ranges(
-            method.mesh, method.moe_backend, module.activation, gates, widths, hidden
+            method.mesh,
+            method.moe_backend,
+            module.activation,
+            gates,
+            widths,
+            hidden,
+            interleaved=own[gates[0]].converter.rearrange.interleaved,
+            has_bias=method.moe.has_bias,
         )
         if found is None:
             return
         column_ranges, columns = found
+        down_ranges = [ColumnRange(downs[0], 0, 0, hidden)]
+        arrays = [
+            ("w13_weight", (count, hidden, columns), column_ranges),
+            ("w2_weight", (count, inner, hidden), down_ranges),
+        ]
+        if method.moe.has_bias:
+            of_weight = dict(zip((*gates, *downs), (*gate_biases, *down_biases), strict=True))
+            arrays += [
+                ("w13_bias", (count, 1, columns), _renamed(column_ranges, of_weight)),
+                ("w2_bias", (count, 1, hidden), _renamed(down_ranges, of_weight)),
+            ]
         shardings = _get_moe_weight_shardings(_moe_weights(), method.moe_backend, method.mesh)
-        axis_groups = ((0,), (1,), (2,))
-        for name, shape, leaves, moves in (
-            ("w13_weight", (count, hidden, columns), gates, column_ranges),
-            ("w2_weight", (count, inner, hidden), downs, [ColumnRange(downs[0], 0, 0, hidden)]),
-        ):
+        for name, shape, ranges in arrays:
+            leaves = {column_range.leaf for column_range in ranges}
+            is_bias = name.endswith("_bias")
             self._add(
                 layer,
                 PendingArray(
                     parameters=(f"{self._names[id(module)]}.{name}",),
                     shape=shape,
                     sharding=getattr(shardings, name),
-                    axis_groups=dict.fromkeys(leaves, axis_groups),
-                    column_ranges=moves,
-                    missing_leaves=set(leaves),
+                    axis_groups=dict.fromkeys(leaves, ((0,), (), (1,)) if is_bias else ((0,), (1,), (2,))),
+                    column_ranges=ranges,
+                    missing_leaves=leaves,
                     on_complete=functools.partial(_finish_experts, module, name),
-                    dtype=self._dtype,
+                    # tpu-inference adds biases in float32, which it makes from the engine's dtype.
+                    dtype=np.dtype(np.float32) if is_bias else self._dtype,
+                    rounded_to=self._dtype if is_bias else None,
                 ),
             )
 
@@ -252,6 +289,22 @@ def _embedding_of(module: Any) -> Any:
     if not hasattr(module, "layers"):
         return None
     return getattr(module, "embed_tokens", None) or getattr(module, "embedding", None)
+
+
+def _bias_of(tensor: str) -> str:
+    """Hugging Face name of a weight's bias; that of a tensor of all experts has no ".weight" at the end."""
+    return f"{tensor.removesuffix('weight')}bias" if tensor.endswith(".weight") else f"{tensor}_bias"
+
+
+def _parts(own: dict[str, LayerLeaf], tensor: str) -> tuple[str, ...]:
+    """Leaves that a Hugging Face tensor is made of, in the order of its parts."""
+    names = [name for name, leaf in own.items() if leaf.converter.hf == tensor]
+    return tuple(sorted(names, key=lambda name: own[name].converter.rearrange.part or 0))
+
+
+def _renamed(ranges: list[ColumnRange], names: Mapping[str, str]) -> list[ColumnRange]:
+    """The ranges of other leaves that are packed in the same way."""
+    return [dataclasses.replace(column_range, leaf=names[column_range.leaf]) for column_range in ranges]
 
 
 def _submodule(layer: nn.Module, path: str) -> Any:
