@@ -1,9 +1,10 @@
 """How fast, and in how much host memory, weights get into the engine; compared in one run.
 
     python benchmarks/load.py --gib 3 --shapes 26b --rounds 5
+    python benchmarks/load.py --gib 3 --shapes llama3.1-8b --loaders default direct
     python benchmarks/load.py --gib 1.5 3 4 --rounds 3 --loaders direct --plot docs/images/load.svg
 
-For every size it makes a checkpoint pair of real layer shapes: a MaxText v2 scanned checkpoint written by Orbax with
+For every size it makes a checkpoint pair of real layer shapes (shapes.py): a MaxText v2 scanned checkpoint written by Orbax with
 sharded chunks, as MaxText does, and the same weights as Hugging Face safetensors (by this package's export). Then each
 loader in turn loads into the real engine (vLLM, tpu-inference, JAX on the CPU) in a fresh process:
 
@@ -41,111 +42,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from shapes import DEVICES_OF_THE_WRITER, SHAPES, config_of, dims_for, leaves, values_of
+
 GIB = 1 << 30
 OURS = ("load_weights", "direct")
 LOADERS = ("default", "streaming", *OURS)
-DEVICES_OF_THE_WRITER = 16
-"""As many as MaxText's converter simulates unless told otherwise (0.2.5 checkpoint_conversion/to_maxtext.py)."""
-
-SHAPES: dict[str, dict[str, Any]] = {
-    # The dimensions of one layer are the published model's; layers, experts and vocabulary are cut to the size.
-    "26b": {
-        "hidden": 2816,
-        "heads": 16,
-        "kv": 8,
-        "global_kv": 2,
-        "mlp": 2112,
-        "expert_mlp": 704,
-        "layers": 6,
-    },
-    "31b": {
-        "hidden": 5376,
-        "heads": 32,
-        "kv": 16,
-        "global_kv": 4,
-        "mlp": 21504,
-        "expert_mlp": 0,
-        "layers": 6,
-    },
-}
-VOCAB = 32768
 PAUSE_SECONDS = 10
 """An engine's start takes at least that before it loads. On a virtual machine whose host takes freed memory back, memory is cheap just after
 another process has ended, and dear by then: the floor is measured where a loader stands."""
-
-
-def dims_for(shapes: str, gib: float) -> dict[str, Any]:
-    """Dimensions of a model of about `gib` GiB in bfloat16."""
-    dims = dict(SHAPES[shapes], vocab=VOCAB, head_dim=256, global_head_dim=512, experts=0)
-    if shapes == "26b":
-        expert = 3 * dims["hidden"] * dims["expert_mlp"] * 2 * dims["layers"]
-        fixed = sum(size for _, size in _leaf_sizes(dims)) * 2
-        # Experts are what the writer shards over.
-        step = DEVICES_OF_THE_WRITER
-        dims["experts"] = max(step, round((gib * GIB - fixed) / expert / step) * step)
-    else:
-        # One block of six layers is 5.3 GiB: the MLP is narrowed to the size.
-        other = sum(size for _, size in _leaf_sizes(dict(dims, mlp=0))) * 2
-        width = (gib * GIB - other) / (3 * dims["hidden"] * 2 * dims["layers"])
-        dims["mlp"] = max(256, round(width / 256) * 256)
-    return dims
-
-
-def _leaves(dims: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """MaxText v2 leaves ("decoder.…") and their shapes, one block of five local and one global layer."""
-    hidden, heads, mlp = dims["hidden"], dims["heads"], dims["mlp"]
-    moe = dims["experts"] > 0 or dims["expert_mlp"] > 0
-    leaves: dict[str, tuple[int, ...]] = {
-        "token_embedder.embedding": (dims["vocab"], hidden),
-        "decoder.decoder_norm.scale": (hidden,),
-    }
-    blocks = dims["layers"] // 6
-    for name, stack, kv, head in (
-        ("local_layers", (blocks, 5), dims["kv"], dims["head_dim"]),
-        ("global_layer", (blocks,), dims["global_kv"], dims["global_head_dim"]),
-    ):
-        layer: dict[str, tuple[int, ...]] = {
-            "self_attention.query.kernel": (hidden, heads, head),
-            "self_attention.key.kernel": (hidden, kv, head),
-            "self_attention.out.kernel": (heads, head, hidden),
-            "self_attention.query_norm.scale": (head,),
-            "self_attention.key_norm.scale": (head,),
-            "layer_scalar": (1,),
-        }
-        if name == "local_layers":
-            layer["self_attention.value.kernel"] = (hidden, kv, head)
-        for norm in ("pre_self_attention_norm", "post_self_attention_norm", "pre_ffw_norm", "post_ffw_norm"):
-            layer[f"{norm}.scale"] = (hidden,)
-        dense = "mlp.moe_block.shared_experts" if moe else "mlp"
-        layer[f"{dense}.wi_0.kernel"] = layer[f"{dense}.wi_1.kernel"] = (hidden, mlp)
-        layer[f"{dense}.wo.kernel"] = (mlp, hidden)
-        if moe:
-            experts, width = dims["experts"], dims["expert_mlp"]
-            layer["mlp.pre_forward_scale_2"] = (hidden,)
-            for norm in (
-                "post_feedforward_layernorm_1",
-                "post_feedforward_layernorm_2",
-                "pre_feedforward_layernorm_2",
-            ):
-                layer[f"mlp.{norm}.scale"] = (hidden,)
-            block = "mlp.moe_block.MoeBlock_0"
-            layer[f"{block}.gate.kernel"] = (hidden, experts)
-            layer[f"{block}.per_expert_scale"] = (experts,)
-            layer[f"{block}.wi_0"] = layer[f"{block}.wi_1"] = (experts, hidden, width)
-            layer[f"{block}.wo"] = (experts, width, hidden)
-        for leaf, shape in layer.items():
-            leaves[f"decoder.scanned_blocks.{name}.{leaf}"] = (shape[0], *stack, *shape[1:])
-    return leaves
-
-
-def _leaf_sizes(dims: dict[str, Any]) -> list[tuple[str, int]]:
-    sizes = []
-    for name, shape in _leaves(dims).items():
-        size = 1
-        for length in shape:
-            size *= length
-        sizes.append((name, size))
-    return sizes
 
 
 def make_checkpoint(directory: Path, dims: dict[str, Any]) -> None:
@@ -159,7 +63,7 @@ def make_checkpoint(directory: Path, dims: dict[str, Any]) -> None:
     mesh = Mesh(np.array(jax.devices()), ("fsdp",))
     rng = np.random.default_rng(0)
     tree: dict[str, Any] = {}
-    for name, shape in _leaves(dims).items():
+    for name, shape in leaves(dims).items():
         # Normally distributed weights: what zstd makes of real ones. Drawn once and repeated with another sign
         # pattern, for drawing gigabytes of them would take longer than everything else.
         count = int(np.prod(shape))
@@ -198,7 +102,7 @@ def make_pair(directory: Path, dims: dict[str, Any]) -> tuple[Path, Path]:
     checkpoint = make_checkpoint_in_process(directory / "maxtext", dims)
     config = directory / "config"
     config.mkdir()
-    write_config(config, checkpoint)
+    write_config(config, checkpoint, dims)
     subprocess.run(
         [
             str(Path(sys.executable).parent / "vllm-maxtext"),
@@ -214,20 +118,10 @@ def make_pair(directory: Path, dims: dict[str, Any]) -> tuple[Path, Path]:
     return checkpoint, exported
 
 
-def write_config(directory: Path, checkpoint: Path) -> None:
+def write_config(directory: Path, checkpoint: Path, dims: dict[str, Any]) -> None:
     """config.json of the cut-down model: the preset's settings with the checkpoint's dimensions."""
-    from vllm_maxtext_loader import open_checkpoint
-    from vllm_maxtext_loader.families import find_preset
-    from vllm_maxtext_loader.huggingface.config import make_config
-
-    dims = open_checkpoint(checkpoint).plan.dims
-    experts = dims.sizes.get("experts")
-    name = "gemma4-26b" if experts else "gemma4-31b"
-    _, preset = find_preset(name)
-    if experts and preset.top_k and preset.top_k > experts:
-        raise SystemExit(f"{experts} experts are too few for top-{preset.top_k}: choose a larger --gib")
-    config = make_config(dims, name, str(checkpoint))
-    # The published 262,144 positions make a rope table of a gigabyte, which has nothing to do with loading.
+    config = config_of(dims, checkpoint)
+    # The published positions make a rope table of up to a gigabyte, which has nothing to do with loading.
     config.max_position_embeddings = 4096
     config.save_pretrained(directory)
 
@@ -533,6 +427,8 @@ def main() -> None:
         "--plot", type=Path, metavar="FILE", help="draw time and memory over size; needs matplotlib"
     )
     args = parser.parse_args()
+    if args.maxtext and args.shapes not in ("26b", "31b"):
+        parser.error("--maxtext is for the shapes 26b and 31b")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib, which is among the development dependencies")
     machine = (
@@ -549,7 +445,7 @@ def main() -> None:
         try:
             dims = dims_for(args.shapes, gib)
             checkpoint, hf = make_pair(directory, dims)
-            actual = sum(size for _, size in _leaf_sizes(dims)) * 2 / GIB
+            actual = 2 * values_of(dims) / GIB
             results: dict[str, list[dict[str, float]]] = {loader: [] for loader in args.loaders}
             floors: list[dict[str, float]] = []
             for _ in range(args.rounds):

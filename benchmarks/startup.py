@@ -16,7 +16,7 @@ import sys
 import time
 from importlib.metadata import version
 
-import load
+import shapes
 
 ROUNDS = 7
 
@@ -50,11 +50,11 @@ def plan_seconds() -> tuple[float, int, int]:
     from vllm_maxtext_loader.conversion.plan import make_plan
     from vllm_maxtext_loader.families import identify
 
-    dims = dict(load.SHAPES["26b"], layers=30, experts=128, vocab=262_144, head_dim=256, global_head_dim=512)
+    dims = dict(shapes.dims_for("26b", 1), layers=30, experts=128, vocab=262_144)
     dtype = np.dtype(ml_dtypes.bfloat16)
     leaves = {
         name: Leaf(f"params.params.{name}", tuple(name.split(".")), shape, dtype, shape)
-        for name, shape in load._leaves(dims).items()
+        for name, shape in shapes.leaves(dims).items()
     }
     tree = Tree(
         location=ItemLocation(Location("/synthetic"), Location("/synthetic/items"), step=0),
