@@ -35,6 +35,11 @@ VISION_TOKENS = {"image_token": IMAGE, "boi_token": BEGIN, "eoi_token": END}
 AUDIO_TOKENS = {"audio_token": 302, "boa_token": 305, "eoa_token": 306}
 
 
+GEMMA3 = "gemma3_mm"
+GEMMA3_IMAGE, NEWLINES, GEMMA3_SOFT_TOKENS = 320, (310, 311, 312, 313), 256
+"""The image's token id in the twin's config.json; ids for one to four newlines, which vLLM's processor looks for."""
+
+
 @pytest.fixture(scope="module")
 def directory(twin: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The twin with a tokenizer and an image processor, as a published repository has them."""
@@ -71,6 +76,30 @@ def directory(twin: Callable[[str], Path], tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="module")
+def gemma3_directory(twin: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Likewise, of Gemma 3."""
+    from transformers import Gemma3ImageProcessor, Gemma3Processor, PreTrainedTokenizerFast
+
+    out = Path(shutil.copytree(twin(GEMMA3), tmp_path_factory.mktemp("gemma3") / "twin"))
+    write_tokenizer(out, vocab_size=336)
+    stored = json.loads((out / "tokenizer.json").read_text())
+    vocabulary = stored["model"]["vocab"]
+    words = {number: word for word, number in vocabulary.items()}
+    for count, number in enumerate(NEWLINES, 1):
+        del vocabulary[words[number]]
+        vocabulary["\n" * count] = number
+    (out / "tokenizer.json").write_text(json.dumps(stored))
+    special = {"image_token": words[GEMMA3_IMAGE], "boi_token": words[BEGIN], "eoi_token": words[END]}
+    size = json.loads((out / "config.json").read_text())["vision_config"]["image_size"]
+    Gemma3Processor(
+        image_processor=Gemma3ImageProcessor(size={"height": size, "width": size}),
+        tokenizer=PreTrainedTokenizerFast.from_pretrained(out, extra_special_tokens=special),
+        image_seq_length=GEMMA3_SOFT_TOKENS,
+    ).save_pretrained(out)
+    return out
+
+
+@pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two different images."""
     from PIL import Image
@@ -84,31 +113,52 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return paths
 
 
-@pytest.fixture(scope="module")
-def said(directory: Path, images: list[Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the engine says after each image."""
+def job(case: str, directory: Path, images: list[Path], placeholder: int, **arguments: Any) -> dict[str, Any]:
+    """An engine that answers after each image."""
     vocab_size = json.loads((directory / "config.json").read_text())["text_config"]["vocab_size"]
-    job = {
-        "name": "images",
+    return {
+        "name": case,
         "model": str(directory),
         "arguments": {
             "load_format": "maxtext",
-            "model_loader_extra_config": {"checkpoint": str(cases()[CASE].items)},
+            "model_loader_extra_config": {"checkpoint": str(cases()[case].items)},
             "skip_tokenizer_init": False,
             "max_logprobs": vocab_size,
             "max_model_len": 512,
             "max_num_batched_tokens": 512,
             "disable_chunked_mm_input": True,
-            "limit_mm_per_prompt": {"image": 1, "video": 0, "audio": 0},
-            "mm_processor_kwargs": {"max_soft_tokens": SOFT_TOKENS},
+            **arguments,
         },
-        "prompts": [[*BEFORE, IMAGE, *AFTER]] * len(images),
+        "prompts": [[*BEFORE, placeholder, *AFTER]] * len(images),
         "images": [str(image) for image in images],
         "vocab_size": vocab_size,
     }
-    answer = run_jobs([job], tmp_path_factory.mktemp("said"), devices=1)["images"]
-    assert "error" not in answer, answer.get("traceback")
-    return answer
+
+
+@pytest.fixture(scope="module")
+def answers(
+    directory: Path, gemma3_directory: Path, images: list[Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """What the engines say after each image."""
+    gemma4 = {
+        "limit_mm_per_prompt": {"image": 1, "video": 0, "audio": 0},
+        "mm_processor_kwargs": {"max_soft_tokens": SOFT_TOKENS},
+    }
+    jobs = [
+        job(CASE, directory, images, IMAGE, **gemma4),
+        # vLLM's processor looks for the token that begins an image.
+        job(GEMMA3, gemma3_directory, images, BEGIN, limit_mm_per_prompt={"image": 1}),
+    ]
+    found = run_jobs(jobs, tmp_path_factory.mktemp("said"), devices=1)
+    for answer in found.values():
+        assert "error" not in answer, answer.get("traceback")
+    return found
+
+
+@pytest.fixture(scope="module")
+def said(answers: dict[str, Any]) -> dict[str, Any]:
+    """What the engine says about Gemma 4's images."""
+    return answers[CASE]
 
 
 def reference(
@@ -172,3 +222,47 @@ def test_bound_catches_mistakes_in_the_vision_tower(
 ) -> None:
     rows = reference(directory, images, mistake)
     assert distance(said["logprobs"], rows) > limit_for(directory, rows)
+
+
+def gemma3_reference(
+    directory: Path, images: list[Path], change: Callable[[Any], None] | None = None
+) -> list[np.ndarray]:
+    """As `reference`. Without types of tokens, transformers attends causally within an image, as tpu-inference 0.32 does."""
+    from PIL import Image
+    from transformers import AutoProcessor, Gemma3ForConditionalGeneration
+
+    processor = AutoProcessor.from_pretrained(directory)
+    model = Gemma3ForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
+    image = processor.tokenizer.encode(processor.full_image_sequence, add_special_tokens=False)
+    rows = []
+    with torch.no_grad():
+        if change is not None:
+            change(model)
+        for path in images:
+            seen = processor.image_processor(Image.open(path), return_tensors="pt")
+            tokens = torch.tensor([[*BEFORE, *image, *AFTER]])
+            logits = model(input_ids=tokens, pixel_values=seen["pixel_values"]).logits
+            rows.append(logits[0, -1].log_softmax(-1).numpy())
+    return rows
+
+
+def test_gemma3_answers_are_transformers_float32(
+    answers: dict[str, Any], gemma3_directory: Path, images: list[Path]
+) -> None:
+    rows = gemma3_reference(gemma3_directory, images)
+    limit = limit_for(gemma3_directory, rows)
+    assert distance(answers[GEMMA3]["logprobs"], rows) < limit
+    other = gemma3_reference(gemma3_directory, list(reversed(images)))
+    assert distance(answers[GEMMA3]["logprobs"], other) > limit
+
+
+def _swap_projections(model: Any) -> None:
+    for layer in model.model.vision_tower.encoder.layers:
+        layer.self_attn.q_proj, layer.self_attn.v_proj = layer.self_attn.v_proj, layer.self_attn.q_proj
+
+
+def test_bound_catches_a_mistake_in_gemma3s_vision_tower(
+    answers: dict[str, Any], gemma3_directory: Path, images: list[Path]
+) -> None:
+    rows = gemma3_reference(gemma3_directory, images, _swap_projections)
+    assert distance(answers[GEMMA3]["logprobs"], rows) > limit_for(gemma3_directory, rows)

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig
     from vllm.engine.arg_utils import EngineArgs
 
+    from vllm_maxtext_loader.conversion.family import Family
+
 logger = init_logger("vllm." + __name__)
 
 _PREPARED = "_maxtext_prepared"
@@ -98,6 +100,8 @@ def make_model_config(args: EngineArgs, create: Callable[[], ModelConfig]) -> Mo
             check_vocabulary(checkpoint.items, wanted.sizes[VOCAB])
         if family.begins_with_bos:
             warn_without_bos(model_config, family.title)
+        if checkpoint.dims.has_vision:
+            warn_of_causal_images(model_config, family)
         if found.made:
             config_dir.attach(model_config)
         return model_config
@@ -294,6 +298,20 @@ def _serve_as_text(args: EngineArgs, checkpoint: Probe, model_config: ModelConfi
     )
     args.hf_overrides = {**args.hf_overrides, "architectures": [text_architecture]}
     return True
+
+
+def warn_of_causal_images(model_config: ModelConfig, family: Family) -> None:
+    """Says once if a model was trained with images that attend both ways, which tpu-inference 0.32 does not compute."""
+    from vllm.platforms import current_platform
+
+    config: Any = model_config.hf_config.get_text_config()
+    both_ways = family.both_ways_in_images or getattr(config, "use_bidirectional_attention", None) == "vision"
+    if both_ways and model_config.is_multimodal_model and current_platform.is_tpu():
+        logger.warning_once(
+            "%s was trained with tokens of an image that attend to the whole image. tpu-inference 0.32 computes causal attention "
+            "there, with any load format: answers about images deviate a little.",
+            family.title,
+        )
 
 
 def warn_without_bos(model_config: ModelConfig, family: str) -> None:

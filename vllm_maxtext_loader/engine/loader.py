@@ -81,8 +81,9 @@ class MaxTextModelLoader(BaseModelLoader):
         self._checkpoint = self._open(model_config)
         model = super().create_model(vllm_config, model_config, prefix)
         if _on_tpu_inference():
-            from vllm_maxtext_loader.tpu.patches import release_finished_layers
+            from vllm_maxtext_loader.tpu.patches import lower_layer_norms, release_finished_layers
 
+            lower_layer_norms()
             release_finished_layers(model)
         return model
 

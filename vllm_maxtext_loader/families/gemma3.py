@@ -275,6 +275,7 @@ FAMILY = Family(
     },
     modules=standard.modules(),
     begins_with_bos=True,
+    both_ways_in_images=True,
     multimodal_text="language_model.model.",
     added_vocab=_PUBLISHED_VOCAB - _STORED_VOCAB,
 )

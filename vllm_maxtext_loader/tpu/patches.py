@@ -61,6 +61,24 @@ def release_finished_layers(model: nn.Module) -> None:
     attach_incremental_weight_loader(model)
 
 
+def lower_layer_norms() -> None:
+    """Lets torchax run vLLM's LayerNorm, which Gemma 3's vision encoder is made of.
+
+    vLLM 0.32.0 model_executor/layers/layernorm.py asks `torch.promote_types` for the dtype to compute in, which torchax has no
+    lowering for: the first image would end the engine. Floating-point types are promoted here in the same way.
+    """
+    from vllm.model_executor.layers.layernorm import LayerNorm
+
+    def compute_dtype(self: Any, x: Any) -> Any:
+        if self.weight is None or self.weight.dtype == x.dtype:
+            return x.dtype
+        import torch
+
+        return torch.float32
+
+    LayerNorm._compute_dtype = compute_dtype
+
+
 def _once(process: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
     done: set[int] = set()
 
