@@ -34,7 +34,7 @@ from vllm_maxtext_loader.conversion.convert import ScaleStore, keep_scales, laye
 from vllm_maxtext_loader.conversion.family import Scope
 from vllm_maxtext_loader.conversion.plan import CopyOp, LeafConversion, Plan
 from vllm_maxtext_loader.tpu import dry_load
-from vllm_maxtext_loader.tpu.device_shards import Staging, fill_on_devices
+from vllm_maxtext_loader.tpu.device_shards import fill_on_devices
 from vllm_maxtext_loader.tpu.replicated import replicate
 from vllm_maxtext_loader.tpu.shards import Block, Offsets, PendingArray, flattened_blocks, memory_is_host
 from vllm_maxtext_loader.tpu.targets import NON_LAYER, LayerLeaf, Leaves, find_weights
@@ -75,7 +75,7 @@ class ShardWriter:
 
     Attributes:
         filled: names of the parameters that have been filled.
-        stagings: what fills arrays on their devices; empty where they are filled in host memory.
+        arrays: of the model, that are being filled.
     """
 
     def __init__(self, model: nn.Module, plan: Plan, dtype: np.dtype, fold_expert_scales: bool) -> None:
@@ -92,12 +92,11 @@ class ShardWriter:
                 leaves[_layer(entry, copy_op)][entry.converter.leaf] = leaf
         self._model = model
         self._weights = find_weights(model, plan.family, leaves, dtype)
-        self.stagings: list[Staging] = []
-        arrays = list({id(weight): weight for weight in self._weights.values()}.values())
-        on_host = all(memory_is_host(device) for weight in arrays for device in weight.addressable_indices)
-        # A dry load writes nothing, and memory of the host's that is never touched costs nothing.
+        self.arrays = list({id(weight): weight for weight in self._weights.values()}.values())
+        on_host = all(memory_is_host(device) for array in self.arrays for device in array.addressable_indices)
+        # A dry load writes nothing, and host memory that is never touched costs nothing.
         if not on_host and dry_load.current() is None:
-            self.stagings = fill_on_devices(arrays)
+            fill_on_devices(self.arrays)
 
     def handles(self, entry: LeafConversion) -> bool:
         """Whether every layer of the leaf is placed directly."""
