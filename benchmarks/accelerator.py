@@ -1,19 +1,21 @@
-"""How a load onto an accelerator compares with decoding alone, and with vLLM's default loader; in one run of eight minutes at most.
+"""How a load onto an accelerator compares with decoding alone, and with vLLM's default loader.
 
-    python benchmarks/accelerator.py --gib 5.6               on a TPU VM: as it is
-    python benchmarks/accelerator.py --gib 1.5 --cpu         JAX on the CPU, whose devices are filled as a TPU's are
+    python benchmarks/accelerator.py --gib 5.6               on a TPU VM
+    python benchmarks/accelerator.py --gib 1.5 --cpu         JAX on the CPU: its devices are filled as a TPU's are
     python benchmarks/accelerator.py --gib 5.6 --cuda        JAX on a CUDA device; see `patch_for_cuda`
 
-It makes a checkpoint of 26B-A4B's layer shapes and its export (as benchmarks/load.py does), then measures, each in a fresh process:
+It makes a checkpoint of 26B-A4B's layer shapes and its export, as benchmarks/load.py does, and measures in a fresh
+process each, for eight minutes at most:
 
     TensorStore     every chunk decoded, nothing kept, 4 and 16 chunks in flight: no loader is faster
     direct          this package as a TPU runs it: tiles are sent to the devices, which fill their arrays
     load_weights    this package by Hugging Face tensors and vLLM's load_weights (VLLM_MAXTEXT_DIRECT=0)
     default         vLLM's default loader, from safetensors
 
-Measured is tpu-inference's load_weights, from an empty model until all arrays are on their devices. The arrays are then compared by hash;
-experts that this package folds scales into differ from the default loader's by design and are counted apart. On the CPU, device
-memory is host memory: the peak contains the weights. Everything is read from a warm page cache.
+Measured is tpu-inference's load_weights, from an empty model until all arrays are on their devices. The arrays are
+then compared by hash. Experts that this package folds scales into differ from the default loader's by design, and
+are counted separately. On the CPU, device memory is host memory, so the weights are subtracted from the peak.
+Everything is read from a warm page cache.
 """
 
 from __future__ import annotations
@@ -47,9 +49,10 @@ IN_FLIGHT = (4, 16)
 
 
 def patch_for_cuda() -> None:
-    """Lets vLLM, tpu-inference and this package load with JAX on a CUDA device, where none of them is meant to run.
+    """Lets vLLM, tpu-inference and this package load with JAX on a CUDA device, which none of them supports.
 
-    The engine is never asked for an answer: its kernels are the CPU's. Must run before vLLM, torchax or tpu-inference is imported.
+    The engine is never asked for an answer: its kernels are the CPU's. Must run before vLLM, torchax or
+    tpu-inference is imported.
     """
     import jax
     import wrapt
@@ -224,10 +227,12 @@ def in_process(deadline: float, backend: str, devices: int, *arguments: str) -> 
 def report(gib: float, floor: dict[str, Any], rows: dict[str, dict[str, Any]], on_cpu: bool) -> None:
     """Prints seconds, ratios and memory, and what the hashes say."""
     print(
-        f"\n{gib:.2f} GiB of bfloat16 weights in {floor['chunks']} chunks, read budget {floor['budget'] / load.GIB:.2f} GiB; one run each"
+        f"\n{gib:.2f} GiB of bfloat16 weights in {floor['chunks']} chunks, "
+        f"read budget {floor['budget'] / load.GIB:.2f} GiB; one run each"
     )
     print(
-        f"{'':<24}{'seconds':>9}{'/ TensorStore':>15}{'/ default':>11}{'host peak GiB':>15}{'/ budget':>10}{'compiled':>10}"
+        f"{'':<24}{'seconds':>9}{'/ TensorStore':>15}{'/ default':>11}"
+        f"{'host peak GiB':>15}{'/ budget':>10}{'compiled':>10}"
     )
     base = floor[str(IN_FLIGHT[-1])]
     default = rows.get("default", {}).get("seconds")
@@ -242,12 +247,13 @@ def report(gib: float, floor: dict[str, Any], rows: dict[str, dict[str, Any]], o
         # The weights are not the host's to hold, except where the device's memory is the host's.
         peak = row["peak_bytes"] - (gib * load.GIB if on_cpu else 0)
         print(
-            f"{way:<24}{row['seconds']:>9.2f}{row['seconds'] / base:>15.2f}{ratio:>11}{peak / load.GIB:>15.2f}"
-            f"{peak / floor['budget']:>10.2f}{row['compiled']:>5} {row['compile_seconds']:.1f} s"
+            f"{way:<24}{row['seconds']:>9.2f}{row['seconds'] / base:>15.2f}{ratio:>11}"
+            f"{peak / load.GIB:>15.2f}{peak / floor['budget']:>10.2f}{row['compiled']:>5} {row['compile_seconds']:.1f} s"
         )
         if row["device_peak"]:
             print(
-                f"{'':<24}device: {row['device_bytes'] / load.GIB:.2f} GiB, peak {row['device_peak'] / load.GIB:.2f} GiB"
+                f"{'':<24}device: {row['device_bytes'] / load.GIB:.2f} GiB, "
+                f"peak {row['device_peak'] / load.GIB:.2f} GiB"
             )
     if on_cpu:
         print("host peak: without the weights, which are in the same memory")

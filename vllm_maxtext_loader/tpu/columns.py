@@ -67,7 +67,8 @@ class LinearColumns:
     """What decides where the columns of a linear layer's leaves go.
 
     Attributes:
-        outputs: per output the leaf, its output axes ([features], or [heads, head_dim]) and how often each head comes.
+        outputs: per output the leaf, its output axes ([features], or [heads, head_dim]) and how often each head
+            comes.
         output_sizes: tpu-inference's.
         n_shards: shards its outputs are packed for.
     """
@@ -91,7 +92,7 @@ class LinearColumns:
 
 
 def linear_column_ranges(layers: Sequence[LinearColumns]) -> list[tuple[list[ColumnRange], int]]:
-    """Where the columns of linear layers go, and how many columns each layer has; one program is compiled for all."""
+    """Where the columns of linear layers go, and how many each layer has; one program is compiled for all."""
     # Imported here: `ColumnRange` needs no tpu-inference, whose import takes over ten seconds.
     from tpu_inference.layers.common.process_weights.linear_weights import (
         LinearWeights,

@@ -1,8 +1,8 @@
 """Arrays in the memory of this process's devices, filled by tiles of a fixed shape.
 
-The host fills a tile as it fills a shard in its own memory (`shards.fill`), so both hold the same bits. One program per kind of
-array puts a tile into every device's shard. It spans the devices of this process only and has no collective operation, and all
-programs are launched in one order: what other processes read, and when, does not matter.
+The host fills a tile as it fills a shard in its own memory (`shards.fill`), so both hold the same bits. One
+program per kind of array puts a tile into every device's shard. It spans the devices of this process only, and has
+no collective operation: what other processes read, and in which order, does not matter.
 
 Tiles are sent from a ring of buffers. A buffer is used again when the program that read it has run.
 """
@@ -31,7 +31,7 @@ from vllm_maxtext_loader.tpu.shards import Block, Offsets, PendingArray
 _AXIS = "device"
 
 _STAGED = 100
-"""One part in this many of the arrays' bytes may be in buffers, and in the devices' memory besides the arrays."""
+"""The buffers, and so what is on its way to the devices, have one byte for this many of the arrays."""
 
 _MOST_STAGED = 256 << 20
 _LARGEST_TILE = 4 << 20
@@ -113,9 +113,9 @@ def put_tile(
 
     Args:
         shard: what is written into.
-        tile: the values, flat: the host's memory is the device's, whatever tiles of its own the device has.
-        where: [1, 3, axes]: where the tile begins in the shard; first and last (exclusive) index of what in the tile
-            counts. Elsewhere the shard keeps its values.
+        tile: the values, flat. A flat array lies in memory alike on the host and on every kind of device.
+        where: [1, 3, axes]: where the tile begins in the shard; first and last (exclusive) index of what counts
+            in the tile. Elsewhere the shard keeps its values.
         shape: of the tile.
 
     Returns:
@@ -284,7 +284,7 @@ class StagedArray:
 
 
 def _boxes(blocks: Sequence[Block]) -> Iterator[tuple[Offsets, Offsets, Sequence[Block]]]:
-    """(first index, last index, blocks): blocks that make up a box are one (heads of a kernel), all others one each."""
+    """(first index, last index, blocks): blocks that fill a box (heads of a kernel) together, all others alone."""
     ends = [tuple(a + n for a, n in zip(block.offsets, block.values.shape, strict=True)) for block in blocks]
     low = tuple(min(starts) for starts in zip(*(block.offsets for block in blocks), strict=True))
     high = tuple(max(stops) for stops in zip(*ends, strict=True))

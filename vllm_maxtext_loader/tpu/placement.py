@@ -2,12 +2,13 @@
 
 The usual way is long: a Hugging Face tensor on the host ([out, in]), vLLM's packed torch parameter, torchax's copy of
 it (through float32), a transpose back to [in, out] on the device. MaxText's kernels already are [in, out], and
-its experts [expert, in, out], which is what tpu-inference's matmuls want; what is left to do is to pack and pad output
-columns (gate beside up; query, key and value side by side, once per shard). So the final array of a layer is made empty,
+its experts [expert, in, out], which is what tpu-inference's matmuls want. What is left is to pack and pad output columns
+(gate next to up; query, key and value side by side, once per shard). So the final array of a layer is made empty,
 one shard on each device, and every chunk that arrives is copied into the columns it fills, in place. Each device is
 sent what its shard holds and nothing else. The torch parameters are never filled; untouched, they cost no memory.
 
-`columns` knows which column goes where, `shards` holds the arrays, `modules` finds them in vLLM's model; this module copies the chunks there.
+`columns` knows which column goes where, `targets` finds the arrays in vLLM's model, `shards` and `device_shards`
+hold them; this module copies the chunks there.
 
 Linear layers of the decoder, experts and the embedding go this way: all but a percent of the bytes. The rest (norms,
 scalars, router, vision tower) takes the usual way. Both ways end in the same bits; tests say so.
@@ -40,8 +41,7 @@ from vllm_maxtext_loader.tpu.shards import Block, Offsets, PendingArray, flatten
 from vllm_maxtext_loader.tpu.targets import NON_LAYER, LayerLeaf, Leaves, find_weights
 
 _WRITERS = min(16, len(os.sched_getaffinity(0)))
-"""Threads that copy. New memory is dear where the kernel hands it out page by page: one thread would spend most of its time on that,
-with the decoder waiting for it."""
+"""Threads that copy and compute. First-touch page faults are expensive: the decoder would wait for a single thread."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +195,7 @@ class ShardWriter:
                         yield _ShardCopy(weight, device, copy_op, block[part], rows, local)
 
     def tasks(self, entry: LeafConversion, decoded: DecodedRegion) -> Iterator[Callable[[], None]]:
-        """What has to be run, in any order and by any thread, to write a region into the arrays it is a part of."""
+        """What to run, in any order and by any thread, to write a region into the arrays it is a part of."""
         by_array: dict[int, list[_ShardCopy]] = collections.defaultdict(list)
         for move in self._shard_copies(entry, decoded):
             by_array[id(move.weight)].append(move)

@@ -1,7 +1,7 @@
 """An array in its final form, one shard on each device, while regions are copied into it in place.
 
-On JAX's CPU backend the device's memory is the host's: there a shard is ordinary memory until it is full, and then becomes the
-array without a copy (`HostShard`). On an accelerator, the array is filled by tiles (`device_shards`).
+On JAX's CPU backend the device's memory is the host's: there a shard is ordinary memory until it is full, and then
+becomes the array without a copy (`HostShard`). On an accelerator, the array is filled by tiles (`device_shards`).
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class HostShard:
         scales: np.ndarray | None = None,
         convert: Convert | None = None,
     ) -> None:
-        """Puts `block`, which has one axis per axis of the shard, at `offsets`. See `Block` for scales and convert."""
+        """Puts `block`, which has one axis per axis of the shard, at `offsets`. See `Block` for the rest."""
         target = self._values[tuple(slice(a, a + n) for a, n in zip(offsets, block.shape, strict=True))]
         fill(target, block, scales, convert)
 
@@ -105,7 +105,7 @@ class DeviceShards(Protocol):
     """The shards of an array, where the devices fill them."""
 
     def tasks(self, blocks: Sequence[Block]) -> Iterator[Callable[[], None]]:
-        """What has to be run, in any order and by any thread, to write blocks into the shards."""
+        """What to run, in any order and by any thread, to write blocks of one region into the shards."""
         ...
 
     def arrays(self) -> list[jax.Array]:
@@ -198,7 +198,7 @@ class PendingArray:
         return self._shards[device]
 
     def tasks(self, blocks: Sequence[Block]) -> Iterator[Callable[[], None]]:
-        """What has to be run, in any order and by any thread, to write blocks of one region into the array."""
+        """What to run, in any order and by any thread, to write blocks of one region into the array."""
         if self.on_devices is not None:
             yield from self.on_devices.tasks(blocks)
             return
