@@ -75,8 +75,25 @@ class Log(threading.Thread):
         )
 
 
-def serve(arguments: list[str], environment: dict[str, str]) -> dict[str, float]:
-    """Starts `vllm serve`, asks one question, and stops it; seconds by phase."""
+def peak_bytes(group: int) -> int:
+    """Highest resident set that a process of a process group ever had."""
+    peaks = [0]
+    for directory in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, ValueError):
+            if os.getpgid(int(directory.name)) == group:
+                status = (directory / "status").read_text()
+                peaks += [
+                    int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM")
+                ]
+    return max(peaks)
+
+
+def serve(arguments: list[str], environment: dict[str, str]) -> tuple[dict[str, float], int]:
+    """Starts `vllm serve`, asks one question, and stops it.
+
+    Returns:
+        (seconds by phase, peak resident bytes of the largest process)
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -114,6 +131,7 @@ def serve(arguments: list[str], environment: dict[str, str]) -> dict[str, float]
         with urllib.request.urlopen(request, timeout=300) as answer:
             assert json.loads(answer.read())["choices"]
         answered = time.monotonic()
+        peak = peak_bytes(process.pid)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
@@ -123,7 +141,19 @@ def serve(arguments: list[str], environment: dict[str, str]) -> dict[str, float]
             os.killpg(process.pid, signal.SIGKILL)
     loaded, seconds = log.loaded()
     ends = (log.first(_VERSION), log.first(_ENGINE), loaded - seconds, loaded, healthy, answered)
-    return dict(zip(PHASES, (b - a for a, b in zip((started, *ends), ends, strict=False)), strict=True))
+    seconds_of = (b - a for a, b in zip((started, *ends), ends, strict=False))
+    return dict(zip(PHASES, seconds_of, strict=True)), peak
+
+
+def print_header(title: str) -> None:
+    """The columns of `print_row`."""
+    print(f"{title:<18}" + "".join(f"{phase:>15}" for phase in PHASES) + f"{'sum':>9}", flush=True)
+
+
+def print_row(title: str, row: dict[str, float]) -> None:
+    """One line: seconds by phase, and their sum."""
+    cells = "".join(f"{row[phase]:>15.1f}" for phase in PHASES)
+    print(f"{title:<18}{cells}{sum(row.values()):>9.1f}", flush=True)
 
 
 def main() -> None:
@@ -151,7 +181,7 @@ def main() -> None:
         extra = json.dumps({"checkpoint": str(checkpoint)})
         ours = ["--load-format", "maxtext", "--model-loader-extra-config", extra]
         ways: dict[str, list[str]] = {"maxtext": [*ours, *common], "default": common}
-        print(f"{'loader, cache':<18}" + "".join(f"{phase:>15}" for phase in PHASES) + f"{'sum':>9}")
+        print_header("loader, cache")
         for name, arguments in ways.items():
             environment: dict[str, Any] = {
                 **os.environ,
@@ -163,9 +193,8 @@ def main() -> None:
                 **({"JAX_PLATFORMS": "cpu"} if args.cpu else {}),
             }
             for cache in ("cold", "warm"):
-                row = serve([str(hf), *arguments], environment)
-                cells = "".join(f"{row[phase]:>15.1f}" for phase in PHASES)
-                print(f"{f'{name}, {cache}':<18}{cells}{sum(row.values()):>9.1f}", flush=True)
+                row, _ = serve([str(hf), *arguments], environment)
+                print_row(f"{name}, {cache}", row)
     finally:
         shutil.rmtree(directory)
 

@@ -36,7 +36,7 @@ from vllm_maxtext_loader.conversion.family import Scope
 from vllm_maxtext_loader.conversion.plan import CopyOp, LeafConversion, Plan
 from vllm_maxtext_loader.tpu import dry_load
 from vllm_maxtext_loader.tpu.device_shards import fill_on_devices
-from vllm_maxtext_loader.tpu.replicated import replicate
+from vllm_maxtext_loader.tpu.replicated import replicate, rotary_tables
 from vllm_maxtext_loader.tpu.shards import Block, Offsets, PendingArray, flattened_blocks, memory_is_host
 from vllm_maxtext_loader.tpu.targets import NON_LAYER, LayerLeaf, Leaves, find_weights
 
@@ -173,9 +173,13 @@ class ShardWriter:
                 self._complete(unfinished.popleft())
 
     def replicate(self, names: Iterable[str]) -> None:
-        """Puts on every device the weights that took the usual way, when they are loaded; `names`: of parameters and buffers."""
+        """Puts the weights that were loaded the usual way, and rotary tables, on every device.
+
+        Args:
+            names: of parameters and buffers.
+        """
         for mesh in {weight.sharding.mesh for weight in self._weights.values()}:
-            replicate(self._model, names, mesh)
+            replicate(self._model, {*names, *rotary_tables(self._model)}, mesh)
 
     @functools.cached_property
     def _entries(self) -> dict[str, LeafConversion]:
