@@ -363,12 +363,19 @@ class Staging:
                 tile.fill(parts[number].reshape(program.tile))
             elif (idle := self._idle[number]) is not None and (idle.size, idle.dtype) == (size, dtype):
                 parts[number] = idle
-        sent = jax.device_put(parts, list(self.local.devices))
+        # Also where each goes: with several processes, JAX takes no array of the host's for a part of its devices.
+        devices = self.local.devices
+        sent = jax.device_put([*parts, *np.split(where, len(devices))], [*devices, *devices])
+        sent, places = sent[: len(devices)], sent[len(devices) :]
+        given = self._together((size * len(devices),), sent)
+        place = self._together(where.shape, places)
         with self._lock:
             self._allocate()
             self._idle = [part if tile is None else None for part, tile in zip(sent, tiles, strict=True)]
-            given = jax.make_array_from_single_device_arrays((size * len(tiles),), self.local.sharding, sent)
-            array.values, buffer.read = program.run(array.values, given, where)
+            array.values, buffer.read = program.run(array.values, given, place)
+
+    def _together(self, shape: tuple[int, ...], parts: list[jax.Array]) -> jax.Array:
+        return jax.make_array_from_single_device_arrays(shape, self.local.sharding, parts)
 
     def take(self, array: StagedArray) -> jax.Array:
         """The shards of an array, which are no longer held here."""
