@@ -36,6 +36,31 @@ def test_arrays_are_those_of_a_load(name: str, tmp_path: Path) -> None:
     assert dry["state"] == loaded["state"]
 
 
+@pytest.mark.parametrize(("devices", "expert_parallel"), [(8, False), (8, True), (1, False)])
+def test_loading_the_published_26b_compiles_few_programs(
+    devices: int, expert_parallel: bool, tmp_path: Path
+) -> None:
+    """At all its layers: programs, what is sent, and the memory that it takes on the host and on a device."""
+    run = metadata_only.write(tmp_path / "run", metadata_only.leaves(metadata_only.published("gemma4-26b")))
+    arguments = {
+        **LENGTHS,
+        "tensor_parallel_size": devices,
+        "enable_expert_parallel": expert_parallel,
+        "model_loader_extra_config": {"model_name": "gemma4-26b"},
+    }
+    steps = tpu_compile.run(run, tmp_path / "dry", arguments=arguments)["filling"]
+    assert steps["programs"] + steps["compiled_besides"] <= 16
+    assert steps["programs"] == steps["kinds"] + 1
+    assert steps["valid_bytes"] > 45 << 30
+    # Tiles are sent whole: what in them does not count is little.
+    assert steps["sent_bytes"] < 1.1 * steps["valid_bytes"]
+    assert steps["tiles"] < 1.2 * steps["valid_bytes"] / steps["tile_bytes"]
+    assert steps["launches"] < (1.2 if devices == 1 or expert_parallel else 0.2) * steps["tiles"]
+    # On the host a quarter of the read budget at most.
+    assert steps["staged_bytes"] * devices <= steps["budget"] // 4
+    assert steps["staged_bytes"] + steps["tile_bytes"] < steps["device_bytes"] / 50
+
+
 def test_what_a_load_refuses_is_refused(tmp_path: Path) -> None:
     leaves = metadata_only.leaves(metadata_only.published("gemma4-26b", layers=6))
     del leaves["decoder.scanned_blocks.global_layer.self_attention.key.kernel"]

@@ -20,7 +20,12 @@ pytestmark = pytest.mark.engine
 HOST = Path(__file__).parent / "support" / "engine_host.py"
 CASE = "moe_v2"
 DEVICES = 4
-SETTINGS = {"tensor parallel": False, "expert parallel": True}
+SETTINGS = {
+    "tensor parallel": (False, "1"),
+    "tensor parallel, by devices": (False, "device"),
+    "expert parallel, by devices": (True, "device"),
+}
+"""Whether experts are parallel, and how the several processes fill their arrays (VLLM_MAXTEXT_DIRECT)."""
 
 
 def _start(processes: int, jobs: Path, directory: Path) -> list[dict[str, Any]]:
@@ -60,12 +65,14 @@ def hosts(
                 "enable_expert_parallel": expert_parallel,
                 "model_loader_extra_config": {"checkpoint": str(cases()[CASE].items)},
             },
+            "direct": direct,
         }
-        for name, expert_parallel in SETTINGS.items()
+        for name, (expert_parallel, direct) in SETTINGS.items()
     ]
-    (directory / "jobs.json").write_text(json.dumps(jobs))
-    (alone,) = _start(1, directory / "jobs.json", directory)
-    return alone, _start(2, directory / "jobs.json", directory)
+    for processes, own in ((1, [{**job, "direct": "1"} for job in jobs]), (2, jobs)):
+        (directory / f"jobs-{processes}.json").write_text(json.dumps(own))
+    (alone,) = _start(1, directory / "jobs-1.json", directory)
+    return alone, _start(2, directory / "jobs-2.json", directory)
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -8,6 +8,7 @@ import math
 import random
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +18,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vllm_maxtext_loader.checkpoint.reader import DecodedRegion, Region, _Ring, chunk_regions, read_regions
 from vllm_maxtext_loader.checkpoint.tree import Leaf
-from vllm_maxtext_loader.tpu.columns import ColumnRange, linear_column_ranges
+from vllm_maxtext_loader.tpu.columns import ColumnRange, LinearColumns, linear_column_ranges
+from vllm_maxtext_loader.tpu.device_shards import ShardKind, best_width, fill_on_devices
 from vllm_maxtext_loader.tpu.shards import (
-    DeviceShard,
+    Block,
     HostShard,
     PendingArray,
     flattened_blocks,
-    make_shard,
+    memory_is_host,
     tiles,
 )
 
@@ -178,7 +180,9 @@ def test_columns_go_where_tpu_inference_puts_them(n_shards: int) -> None:
     ).weight
     # Where there is no value leaf, keys serve twice.
     outputs = (("query", (8, 4), 1), ("key", (2, 4), repeats), ("key", (2, 4), repeats))
-    column_ranges, columns = linear_column_ranges(outputs, tuple(sizes), n_shards)
+    other = LinearColumns((("query", (8, 4), 1),), (32,), n_shards)
+    layer = LinearColumns(outputs, tuple(sizes), n_shards)
+    _, (column_ranges, columns) = linear_column_ranges([other, layer])
     made = np.zeros((6, columns), np.float32)
     for run in column_ranges:
         source = {"query": query, "key": key}[run.leaf].reshape(6, -1)
@@ -196,72 +200,182 @@ def test_parts_cover_a_block_once(shape: tuple[int, ...], size: int) -> None:
     assert (times == 1).all()
 
 
-SHARDS = [HostShard, DeviceShard]
+WAYS = ["host", "devices"]
 
 
-def test_device_decides_the_kind_of_shard(monkeypatch: pytest.MonkeyPatch) -> None:
-    device = jax.devices()[0]
-    assert isinstance(make_shard((2,), np.dtype(np.float32), device), HostShard)
-    monkeypatch.setenv("VLLM_MAXTEXT_DIRECT", "device")
-    assert isinstance(make_shard((2,), np.dtype(np.float32), device), DeviceShard)
-
-
-@pytest.mark.parametrize("kind", ["1", "device"])
-def test_shards_are_filled_in_place(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_MAXTEXT_DIRECT", kind)
-    mesh = Mesh(np.array(jax.devices()[:1]), ("model",))
-    values = np.random.default_rng(0).random((6, 10), np.float32)
-    weight = PendingArray(
+def pending(
+    way: str, shape: tuple[int, ...], dtype: Any, column_ranges: list[ColumnRange] | None = None
+) -> PendingArray:
+    """An empty array on one device."""
+    array = PendingArray(
         parameters=("w",),
-        shape=(6, 12),
-        sharding=NamedSharding(mesh, PartitionSpec(None, "model")),
-        axis_groups={"a": ((0,), (1,))},
-        column_ranges=[ColumnRange("a", 0, 7, 5), ColumnRange("a", 5, 1, 5)],
+        shape=shape,
+        sharding=NamedSharding(Mesh(np.array(jax.devices()[:1]), ("model",)), PartitionSpec(None, "model")),
+        axis_groups={"a": tuple((axis,) for axis in range(len(shape)))},
+        column_ranges=column_ranges or [ColumnRange("a", 0, 0, shape[-1])],
         missing_leaves={"a"},
         on_complete=lambda array: None,
-        dtype=np.dtype(np.float32),
+        dtype=np.dtype(dtype),
     )
+    if way == "devices":
+        fill_on_devices([array])
+    return array
+
+
+def write(array: PendingArray, *blocks: Block) -> None:
+    """Writes blocks, the last part first."""
+    for task in reversed(list(array.tasks(blocks))):
+        task()
+
+
+def block(values: np.ndarray, offsets: tuple[int, ...], **changes: Any) -> Block:
+    """Values for the only device."""
+    return Block(jax.devices()[0], values, offsets, **changes)
+
+
+def test_variable_decides_where_shards_are_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = jax.devices()[0]
+    assert memory_is_host(device)
+    monkeypatch.setenv("VLLM_MAXTEXT_DIRECT", "device")
+    assert not memory_is_host(device)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_shards_are_filled_in_place(way: str) -> None:
+    values = np.random.default_rng(0).random((6, 10), np.float32)
+    array = pending(way, (6, 12), np.float32, [ColumnRange("a", 0, 7, 5), ColumnRange("a", 5, 1, 5)])
     for region in chunk_regions(Leaf("a", ("a",), (6, 10), values.dtype, (4, 3)), 1):
-        for device, part, starts in weight.targets(
-            "a", (region[0].start, region[1].start), values[region].shape
-        ):
-            weight.shard(device).write(values[region][part], starts)
+        start = region[0].start, region[1].start
+        targets = array.targets("a", start, values[region].shape)
+        write(array, *[Block(device, values[region][part], offsets) for device, part, offsets in targets])
     wanted = np.zeros((6, 12), np.float32)
     wanted[:, 7:], wanted[:, 1:6] = values[:, :5], values[:, 5:]
-    np.testing.assert_array_equal(weight.array(), wanted)
+    np.testing.assert_array_equal(array.array(), wanted)
 
 
-@pytest.mark.parametrize("kind", SHARDS)
-def test_written_memory_may_be_used_again(kind: type[HostShard | DeviceShard]) -> None:
-    shard = kind((4, 6), np.dtype(np.float32), jax.devices()[0])
-    block = np.ones((2, 6), np.float32)
-    shard.write(block, (1, 0))
-    shard.wait()
-    block[:] = 7
-    np.testing.assert_array_equal(np.asarray(shard.array()).sum(axis=1), [0, 6, 6, 0])
+@pytest.mark.parametrize("way", WAYS)
+def test_written_memory_may_be_used_again(way: str) -> None:
+    array, values = pending(way, (4, 6), np.float32), np.ones((2, 6), np.float32)
+    write(array, block(values, (1, 0)))
+    values[:] = 7
+    np.testing.assert_array_equal(np.asarray(array.array()).sum(axis=1), [0, 6, 6, 0])
 
 
 @pytest.mark.parametrize("rows", [3, 4000])
-@pytest.mark.parametrize("kind", SHARDS)
-def test_scales_are_multiplied_in_with_one_rounding(kind: type[HostShard | DeviceShard], rows: int) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_scales_are_multiplied_in_with_one_rounding(way: str, rows: int) -> None:
     rng = np.random.default_rng(0)
-    block = rng.random((rows, 16, 40), np.float32).astype(jnp.bfloat16)
+    values = rng.random((rows, 16, 40), np.float32).astype(jnp.bfloat16)
     scales = rng.random(rows, np.float32)
-    wanted = jnp.asarray(block.astype(np.float32) * scales[:, None, None]).astype(jnp.bfloat16)
-    shard = kind((rows + 1, 16, 40), np.dtype(jnp.bfloat16), jax.devices()[0])
-    shard.write(block, (1, 0, 0), scales)
-    made = np.asarray(shard.array())
+    wanted = jnp.asarray(values.astype(np.float32) * scales[:, None, None]).astype(jnp.bfloat16)
+    array = pending(way, (rows + 1, 16, 40), jnp.bfloat16)
+    write(array, block(values, (1, 0, 0), scales=scales))
+    made = np.asarray(array.array())
     np.testing.assert_array_equal(made[1:], np.asarray(wanted))
     assert not made[0].any()
 
 
-@pytest.mark.parametrize("kind", SHARDS)
-def test_float32_is_rounded_once(kind: type[HostShard | DeviceShard]) -> None:
-    block = np.random.default_rng(0).random((700, 500), np.float32)
-    shard = kind((700, 500), np.dtype(jnp.bfloat16), jax.devices()[0])
-    shard.write(block, (0, 0), convert=lambda values: values / np.float32(3))
-    wanted = (block / np.float32(3)).astype(jnp.bfloat16)
-    np.testing.assert_array_equal(np.asarray(shard.array()), wanted)
+@pytest.mark.parametrize("way", WAYS)
+def test_float32_is_rounded_once(way: str) -> None:
+    values = np.random.default_rng(0).random((700, 500), np.float32)
+    array = pending(way, (700, 500), jnp.bfloat16)
+    write(array, block(values, (0, 0), convert=lambda values: values / np.float32(3)))
+    wanted = (values / np.float32(3)).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(np.asarray(array.array()), wanted)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_devices_hold_what_the_host_holds(seed: int) -> None:
+    """Blocks of any shape, in any order, by several threads; the first decides the shape of all tiles."""
+    rng = np.random.default_rng(seed)
+    shape = tuple(int(size) for size in rng.integers(1, (6, 90, 900)[-int(rng.integers(2, 4)) :]))
+    arrays = [pending(way, shape, jnp.bfloat16) for way in WAYS]
+    values = rng.random(shape, np.float32).astype(jnp.bfloat16)
+    scales = rng.random(shape[0], np.float32) if len(shape) == 3 else None
+    chunks = tuple(int(rng.integers(1, size + 1)) for size in shape)
+    regions = chunk_regions(Leaf("a", ("a",), shape, values.dtype, chunks), 1)
+    for array in arrays:
+        with ThreadPoolExecutor(4) as pool:
+            done = []
+            for start in range(0, len(regions), 3):
+                # Some are left out, and some are boxes of their own next to others.
+                blocks = [
+                    block(
+                        values[region],
+                        tuple(part.start for part in region),
+                        scales=None if scales is None else scales[region[0]],
+                    )
+                    for region in regions[start : start + 3]
+                    if (sum(part.start for part in region) + seed) % 7
+                ]
+                if blocks:
+                    done += [pool.submit(task) for task in array.tasks(blocks)]
+            for future in done:
+                future.result()
+    host, devices = (np.asarray(array.array()).view(np.uint16) for array in arrays)
+    np.testing.assert_array_equal(devices, host)
+
+
+def test_buffers_are_bounded_and_used_again() -> None:
+    array = pending("none", (512, 1024), np.float32)
+    (staging,) = fill_on_devices([array])
+    assert staging.buffers * staging.tile_nbytes <= array.shape[0] * array.shape[1] * 4 // 16
+    values = np.random.default_rng(0).random((512, 1024), np.float32)
+    tasks = list(array.tasks([block(values, (0, 0))]))
+    assert len(tasks) == values.nbytes // staging.tile_nbytes > 4 * staging.buffers
+    memory = {buffer.memory.ctypes.data for buffer in [staging._free.get() for _ in range(staging.buffers)]}
+    assert len(memory) == staging.buffers
+    assert staging._free.empty()
+
+
+def test_error_of_a_task_leaves_its_buffer_to_the_others() -> None:
+    array = pending("none", (64, 64), np.float32)
+    (staging,) = fill_on_devices([array])
+
+    def fails(values: np.ndarray) -> np.ndarray:
+        raise MemoryError("no memory")
+
+    values = np.ones((64, 64), np.float32)
+    for _ in range(staging.buffers + 1):
+        with pytest.raises(MemoryError, match="no memory"):
+            write(array, block(values, (0, 0), convert=fails))
+    write(array, block(values, (0, 0)))
+    np.testing.assert_array_equal(array.array(), values)
+
+
+def test_arrays_are_filled_where_they_lie() -> None:
+    """Neither a tile nor a copy of the array takes a second array's memory."""
+    array = pending("none", (256, 512), np.float32)
+    (staging,) = fill_on_devices([array])
+    write(array, block(np.ones((256, 512), np.float32), (0, 0)))
+    (staged,) = staging.arrays
+    assert staged.values is not None
+    before = staged.values.unsafe_buffer_pointer()
+    write(array, block(np.full((10, 10), 2, np.float32), (3, 3)))
+    made = array.array()
+    assert made.addressable_shards[0].data.unsafe_buffer_pointer() == before
+    assert np.asarray(made).sum() == 256 * 512 + 100
+    for kind, program in staging.programs.items():
+        compiled = program.run.lower(*staging.local.update_arguments(kind, program.tile)).compile()
+        assert compiled.memory_analysis().temp_size_in_bytes <= 4096
+
+
+@pytest.mark.parametrize(
+    ("widths", "wanted"),
+    [((512, 256, 256), 256), ((88, 88), 88), ((1000, 1), 1000), ((4096, 2048, 2048), 2048), ((7,), 7)],
+)
+def test_width_of_tiles(widths: tuple[int, ...], wanted: int) -> None:
+    assert best_width(widths) == wanted
+
+
+@pytest.mark.parametrize("lengths", [(8, 2816, 88), (1, 2816, 88), (729, 88), (1, 1), (3, 1, 200)])
+@pytest.mark.parametrize("limit", [64, 1000, 1 << 22])
+def test_tiles_are_small_and_cover_without_much_waste(lengths: tuple[int, ...], limit: int) -> None:
+    tile = ShardKind(lengths, np.dtype(jnp.bfloat16), 88).tile(lengths, limit)
+    assert math.prod(tile) * 2 <= limit
+    for length, part in zip(lengths, tile, strict=True):
+        count = math.ceil(length / part)
+        assert count * part - length < count
 
 
 def test_full_shard_becomes_the_array_without_a_copy() -> None:

@@ -2,7 +2,7 @@
 
     python engine_host.py ADDRESS PROCESSES PROCESS JOBS.json ANSWERS.json
 
-A job: {"name", "model", "arguments": {…}}. Its engine loads and is then given up: what follows asks for a collective of the engine's own hosts (Ray).
+A job: {"name", "model", "arguments": {…}, "direct": VLLM_MAXTEXT_DIRECT}. Its engine loads and is then given up: what follows asks for a collective of the engine's own hosts (Ray).
 An answer: {"shards": {parameter: {device number: CRC-32C of its shard}}}.
 """
 
@@ -67,6 +67,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         raise Loaded
 
     VllmModelWrapper.load_weights = load_weights
+    os.environ["VLLM_MAXTEXT_DIRECT"] = job["direct"]
     try:
         with contextlib.suppress(Loaded):
             LLM(model=job["model"], **COMMON, **job["arguments"])

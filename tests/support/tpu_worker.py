@@ -48,29 +48,106 @@ def ignore(engine: dry_load.DryEngine, suffix: str) -> None:
         module.forward = without
 
 
-def updates(engine: dry_load.DryEngine, topology: str) -> dict[str, Any]:
-    """What loading compiles: a sixteenth of the largest weights with three and two axes, copied into a shard."""
-    from vllm_maxtext_loader.tpu.compile import compile_update
+@dataclasses.dataclass
+class Loading:
+    """What the load of this process did.
 
-    found = {}
-    for axes in (2, 3):
-        arrays = [array for array in engine.state.values() if array.ndim == axes]
-        if not arrays:
-            continue
-        largest = max(arrays, key=lambda array: array.nbytes)
-        shard = largest.sharding.shard_shape(largest.shape)
-        block = (max(1, shard[0] // 16), *shard[1:])
-        update = compile_update(topology, shard, block, largest.dtype, scaled=axes == 3)
-        shard_bytes, block_bytes = (math.prod(shape) * largest.dtype.itemsize for shape in (shard, block))
-        found[str(axes)] = {
-            **dataclasses.asdict(update),
-            "shard_bytes": shard_bytes,
-            "block_bytes": block_bytes,
-        }
+    Attributes:
+        writers: what places arrays directly.
+        compiled: programs that were compiled meanwhile.
+    """
+
+    writers: list[Any] = dataclasses.field(default_factory=list)
+    compiled: int = 0
+
+
+def observe() -> Loading:
+    """Observes the loads that follow."""
+    import jax
+    from tpu_inference.models.vllm.vllm_model_wrapper import VllmModelWrapper
+
+    from vllm_maxtext_loader.tpu.placement import ShardWriter
+
+    found, events = Loading(), list[str]()
+    jax.monitoring.register_event_duration_secs_listener(lambda event, _, **__: events.append(event))
+    make, load = ShardWriter.__init__, VllmModelWrapper.load_weights
+
+    def made(self: Any, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        found.writers.append(self)
+
+    def loaded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        events.clear()
+        answer = load(self, *args, **kwargs)
+        found.compiled = events.count("/jax/core/compile/backend_compile_duration")
+        return answer
+
+    vars_of: Any = ShardWriter
+    vars_of.__init__ = made
+    VllmModelWrapper.load_weights = loaded
     return found
 
 
-def compiled(engine: dry_load.DryEngine, topology: str) -> dict[str, Any]:
+def filling(writer: Any) -> tuple[Any, dict[str, Any]]:
+    """What it would take to fill the model's arrays on their devices; nothing is read, and nothing filled."""
+    import numpy as np
+
+    from vllm_maxtext_loader import open_checkpoint
+    from vllm_maxtext_loader.checkpoint.reader import DecodedRegion, chunk_regions
+    from vllm_maxtext_loader.conversion.convert import keep_scales
+    from vllm_maxtext_loader.tpu.device_shards import fill_on_devices
+
+    budget = open_checkpoint(writer.plan.where).concurrent_bytes
+    (staging,) = fill_on_devices(writer.arrays)
+    launches = tiles = sent = valid = 0
+    for entry in writer.plan.leaves:
+        for region in chunk_regions(entry.leaf, budget // 4):
+            lengths = [part.stop - part.start for part in region]
+            values = np.broadcast_to(np.zeros((), entry.leaf.dtype), lengths)
+            decoded = DecodedRegion(entry.leaf, region, values, last=False)
+            keep_scales(entry, decoded, writer.scales)
+            for task in writer.tasks(entry, decoded) if writer.handles(entry) else ():
+                array, program, together = task.args
+                given = [tile for tile in together if tile is not None]
+                launches += 1
+                tiles += len(given)
+                sent += len(given) * math.prod(program.tile) * array.kind.dtype.itemsize
+                valid += sum(
+                    math.prod(b - a for a, b in zip(tile.start, tile.stop, strict=True)) for tile in given
+                )
+    return staging, {
+        "budget": budget,
+        "kinds": len({array.kind for array in staging.arrays}),
+        "programs": len(staging.programs) + 1,
+        "launches": launches,
+        "tiles": tiles,
+        "sent_bytes": sent,
+        "valid_bytes": valid * 2,
+        "staged_bytes": staging.buffers * staging.tile_nbytes,
+        "tile_bytes": staging.tile_nbytes,
+        "device_bytes": sum(array.kind.nbytes for array in staging.arrays),
+    }
+
+
+def compiled_updates(staging: Any, topology: str) -> dict[str, Any]:
+    """What the TPU's compiler says of the programs that loading compiles."""
+    from vllm_maxtext_loader.tpu.compile import compile_allocation, compile_update
+
+    devices = len(staging.local.devices)
+    updates = {}
+    for kind, program in staging.programs.items():
+        update = compile_update(topology, kind, program.tile, devices)
+        updates[f"{kind.shape} {program.tile}"] = {
+            **dataclasses.asdict(update),
+            "shard_bytes": kind.nbytes,
+            "tile_bytes": math.prod(program.tile) * kind.dtype.itemsize,
+            "row_major": kind.row_major,
+        }
+    kinds = [array.kind for array in staging.arrays]
+    return {"allocation_bytes": compile_allocation(topology, kinds, devices), "updates": updates}
+
+
+def compiled(engine: dry_load.DryEngine, staging: Any, topology: str) -> dict[str, Any]:
     """What the compiler says of one topology."""
     from vllm_maxtext_loader.tpu.compile import compile_for
 
@@ -84,7 +161,7 @@ def compiled(engine: dry_load.DryEngine, topology: str) -> dict[str, Any]:
         "program_bytes": found.program_bytes,
         "unread": sorted(found.unread),
         "relaid": found.relaid,
-        "updates": updates(engine, topology),
+        **compiled_updates(staging, topology),
     }
 
 
@@ -113,6 +190,7 @@ def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     if job.get("load"):
         finish({"state": described(loaded(job))})
+    loading = observe()
     try:
         engine = dry_load.start(
             job["model"], hbm_bytes=job["hbm_bytes"], used_bytes=job.get("used_bytes"), **job["arguments"]
@@ -121,12 +199,14 @@ def main() -> None:
         finish({"error": f"{type(error).__name__}: {error}"})
     if "ignore" in job:
         ignore(engine, job["ignore"])
+    staging, steps = filling(loading.writers[0])
     answer = {
+        "filling": {**steps, "compiled_besides": loading.compiled},
         "state": described(engine.state),
         "bytes_per_device": dry_load.bytes_per_device(engine.state),
         "weights": sorted(engine.weights),
         "kv_tokens": engine.kv_tokens,
-        "topologies": {topology: compiled(engine, topology) for topology in job["topologies"]},
+        "topologies": {topology: compiled(engine, staging, topology) for topology in job["topologies"]},
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
     finish(answer)

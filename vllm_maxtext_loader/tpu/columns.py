@@ -62,39 +62,61 @@ def _numbered(widths: dict[str, int]) -> dict[str, np.ndarray]:
     return numbers
 
 
-@functools.cache
-def linear_column_ranges(
-    outputs: tuple[tuple[str, tuple[int, ...], int], ...], output_sizes: tuple[int, ...], n_shards: int
-) -> tuple[list[ColumnRange], int]:
-    """Where the columns of a linear layer's leaves go, and how many columns it has.
+@dataclasses.dataclass(frozen=True)
+class LinearColumns:
+    """What decides where the columns of a linear layer's leaves go.
 
-    Args:
-        outputs: per output the leaf, its output axes ([features], or [heads, head_dim]) and how often each head comes.
+    Attributes:
+        outputs: per output the leaf, its output axes ([features], or [heads, head_dim]) and how often each head
+            comes.
         output_sizes: tpu-inference's.
         n_shards: shards its outputs are packed for.
     """
-    # Imported here: `Run` needs no tpu-inference, whose import takes over ten seconds.
+
+    outputs: tuple[tuple[str, tuple[int, ...], int], ...]
+    output_sizes: tuple[int, ...]
+    n_shards: int
+
+    def numbers(self) -> dict[str, np.ndarray]:
+        """The numbers of each leaf's columns."""
+        return _numbered({leaf: math.prod(axes) for leaf, axes, _ in self.outputs})
+
+    def unpacked(self) -> np.ndarray:
+        """[1, columns]: the number of each column, as vLLM's parameter has them side by side."""
+        numbers = self.numbers()
+        columns = [
+            np.repeat(numbers[leaf].reshape(axes), repeats, axis=0).ravel()
+            for leaf, axes, repeats in self.outputs
+        ]
+        return np.concatenate(columns)[None, :]
+
+
+def linear_column_ranges(layers: Sequence[LinearColumns]) -> list[tuple[list[ColumnRange], int]]:
+    """Where the columns of linear layers go, and how many each layer has; one program is compiled for all."""
+    # Imported here: `ColumnRange` needs no tpu-inference, whose import takes over ten seconds.
     from tpu_inference.layers.common.process_weights.linear_weights import (
         LinearWeights,
         process_linear_weights,
     )
 
-    numbers = _numbered({leaf: math.prod(axes) for leaf, axes, _ in outputs})
-    packed = np.concatenate(
-        [np.repeat(numbers[leaf].reshape(axes), repeats, axis=0).ravel() for leaf, axes, repeats in outputs]
-    )
-
     @jax.jit
-    def process(weight: jax.Array) -> Any:
-        return process_linear_weights(
-            LinearWeights(weight, None, None, None),
-            fused=True,
-            output_sizes=list(output_sizes),
-            reorder_size=n_shards,
-        ).weight
+    def process(weights: list[jax.Array]) -> list[Any]:
+        return [
+            process_linear_weights(
+                LinearWeights(weight, None, None, None),
+                fused=True,
+                output_sizes=list(layer.output_sizes),
+                reorder_size=layer.n_shards,
+            ).weight
+            for weight, layer in zip(weights, layers, strict=True)
+        ]
 
-    columns = np.asarray(process(packed[None, :]))[0]
-    return _column_ranges(columns, list(numbers), numbers), len(columns)
+    found = []
+    packed = process([layer.unpacked() for layer in layers]) if layers else []
+    for layer, weight in zip(layers, packed, strict=True):
+        numbers, columns = layer.numbers(), np.asarray(weight)[0]
+        found.append((_column_ranges(columns, list(numbers), numbers), len(columns)))
+    return found
 
 
 @functools.cache

@@ -16,19 +16,19 @@ import gc
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import jax
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vllm_maxtext_loader import versions
 from vllm_maxtext_loader.cpu_kernels.install import tpu_kernels
 from vllm_maxtext_loader.errors import EngineError
-from vllm_maxtext_loader.tpu.shards import update
+from vllm_maxtext_loader.tpu.device_shards import LocalDevices, ShardKind
 
 if TYPE_CHECKING:
     from vllm_maxtext_loader.tpu.dry_load import DryEngine
@@ -161,43 +161,52 @@ def compile_for(engine: DryEngine, topology: str) -> Compiled:
 
 @dataclasses.dataclass(frozen=True)
 class Update:
-    """How a device takes a region into one of its shards: the one program that loading compiles. All bytes
-    are of one device.
+    """How devices take tiles into their shards of an array. All bytes are of one device.
 
     Attributes:
-        temporary_bytes: beside the shard and the region.
+        temporary_bytes: besides the shard and the tile.
         aliased_bytes: of the shard's memory, what the program writes in place.
+        layout: order of the shard's axes in memory, slowest first.
     """
 
     temporary_bytes: int
     aliased_bytes: int
+    layout: tuple[int, ...]
 
 
-def compile_update(
-    topology: str, shard: tuple[int, ...], block: tuple[int, ...], dtype: np.dtype, *, scaled: bool
-) -> Update:
-    """Compiles the copy of a block into a shard (`shards.update`).
+def compile_update(topology: str, kind: ShardKind, tile: tuple[int, ...], devices: int) -> Update:
+    """Compiles the program that fills the arrays of one kind (`device_shards.LocalDevices.update`).
 
     Args:
         topology: libtpu's name.
-        shard, block: shapes.
-        dtype: of both.
-        scaled: whether expert scales ([block's first axis]) are multiplied in.
+        kind: of the arrays.
+        tile: shape of what is sent at a time.
+        devices: how many have a shard.
 
     Raises:
         EngineError: libtpu does not know the topology.
     """
-    sharding = SingleDeviceSharding(topology_devices(topology)[0])
-
-    def abstract(shape: tuple[int, ...], kind: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, kind, sharding=sharding)
-
-    offsets = tuple(abstract((), np.int32) for _ in shard)
-    scales = abstract(block[:1], np.float32) if scaled else None
+    local = LocalDevices(topology_devices(topology)[:devices])
     with _setting("jax_enable_compilation_cache", False):
-        compiled = update.lower(abstract(shard, dtype), abstract(block, dtype), offsets, scales).compile()
+        compiled = local.update(kind, tile).lower(*local.update_arguments(kind, tile)).compile()
     memory: Any = compiled.memory_analysis()
-    return Update(memory.temp_size_in_bytes, memory.alias_size_in_bytes)
+    layout = compiled.output_formats[0].layout
+    assert compiled.input_formats[0][0].layout == layout
+    return Update(memory.temp_size_in_bytes, memory.alias_size_in_bytes, tuple(layout.major_to_minor))
+
+
+def compile_allocation(topology: str, kinds: Sequence[ShardKind], devices: int) -> int:
+    """Compiles the program that makes the arrays of a load.
+
+    Returns:
+        Bytes that it needs of a device besides the arrays.
+
+    Raises:
+        EngineError: libtpu does not know the topology.
+    """
+    local = LocalDevices(topology_devices(topology)[:devices])
+    with _setting("jax_enable_compilation_cache", False):
+        return local.allocation(kinds).lower().compile().memory_analysis().temp_size_in_bytes
 
 
 def topology_devices(topology: str) -> list[Any]:

@@ -2,12 +2,13 @@
 
 The usual way is long: a Hugging Face tensor on the host ([out, in]), vLLM's packed torch parameter, torchax's copy of
 it (through float32), a transpose back to [in, out] on the device. MaxText's kernels already are [in, out], and
-its experts [expert, in, out], which is what tpu-inference's matmuls want; what is left to do is to pack and pad output
-columns (gate beside up; query, key and value side by side, once per shard). So the final array of a layer is made empty,
+its experts [expert, in, out], which is what tpu-inference's matmuls want. What is left is to pack and pad output columns
+(gate next to up; query, key and value side by side, once per shard). So the final array of a layer is made empty,
 one shard on each device, and every chunk that arrives is copied into the columns it fills, in place. Each device is
 sent what its shard holds and nothing else. The torch parameters are never filled; untouched, they cost no memory.
 
-`columns` knows which column goes where, `shards` holds the arrays, `modules` finds them in vLLM's model; this module copies the chunks there.
+`columns` knows which column goes where, `targets` finds the arrays in vLLM's model, `shards` and `device_shards`
+hold them; this module copies the chunks there.
 
 Linear layers of the decoder, experts and the embedding go this way: all but a percent of the bytes. The rest (norms,
 scalars, router, vision tower) takes the usual way. Both ways end in the same bits; tests say so.
@@ -21,7 +22,7 @@ import functools
 import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -33,13 +34,21 @@ from vllm_maxtext_loader.checkpoint.tree import Leaf
 from vllm_maxtext_loader.conversion.convert import ScaleStore, cast, keep_scales, layer_of, locate
 from vllm_maxtext_loader.conversion.family import Scope
 from vllm_maxtext_loader.conversion.plan import CopyOp, LeafConversion, Plan
-from vllm_maxtext_loader.tpu.replicated import replicate
-from vllm_maxtext_loader.tpu.shards import Convert, Offsets, PendingArray, Shard, flattened_blocks
+from vllm_maxtext_loader.tpu import dry_load
+from vllm_maxtext_loader.tpu.device_shards import fill_on_devices
+from vllm_maxtext_loader.tpu.replicated import replicate, rotary_tables
+from vllm_maxtext_loader.tpu.shards import (
+    Block,
+    Convert,
+    Offsets,
+    PendingArray,
+    flattened_blocks,
+    memory_is_host,
+)
 from vllm_maxtext_loader.tpu.targets import NON_LAYER, LayerLeaf, Leaves, find_weights
 
-_WRITERS = min(4, len(os.sched_getaffinity(0)))
-"""Threads that copy. New memory is dear where the kernel hands it out page by page: one thread would spend most of its time on that,
-with the decoder waiting for it."""
+_WRITERS = min(16, len(os.sched_getaffinity(0)))
+"""Threads that copy and compute. First-touch page faults are expensive: the decoder would wait for a single thread."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +58,7 @@ class _ShardCopy:
     Attributes:
         weight: the array it is a part of.
         device: whose shard.
-        write: the layer.
+        copy_op: the layer.
         values: one axis per axis of the array.
         rows: their indices along the leaf's first axis (experts, or input features, or vocabulary).
         offsets: where they begin in the device's shard.
@@ -73,6 +82,7 @@ class ShardWriter:
 
     Attributes:
         filled: names of the parameters that have been filled.
+        arrays: of the model, that are being filled.
     """
 
     def __init__(self, model: nn.Module, plan: Plan, dtype: np.dtype, fold_expert_scales: bool) -> None:
@@ -89,6 +99,11 @@ class ShardWriter:
                 leaves[_layer(entry, copy_op)][entry.converter.leaf] = leaf
         self._model = model
         self._weights = find_weights(model, plan.family, leaves, dtype)
+        self.arrays = list({id(weight): weight for weight in self._weights.values()}.values())
+        on_host = all(memory_is_host(device) for array in self.arrays for device in array.addressable_indices)
+        # A dry load writes nothing, and host memory that is never touched costs nothing.
+        if not on_host and dry_load.current() is None:
+            fill_on_devices(self.arrays)
 
     def handles(self, entry: LeafConversion) -> bool:
         """Whether every layer of the leaf is placed directly."""
@@ -152,7 +167,8 @@ class ShardWriter:
                 if self.fold:
                     keep_scales(entry, decoded, self.scales)
                 if self.handles(entry):
-                    self._put(entry, decoded, writers)
+                    for task in self.tasks(entry, decoded):
+                        decoded.readers.append(writers.submit(self._run, task))
                     writing.append(decoded)
                     collect(block=False)
                 else:
@@ -164,9 +180,13 @@ class ShardWriter:
                 self._complete(unfinished.popleft())
 
     def replicate(self, names: Iterable[str]) -> None:
-        """Puts on every device the weights that took the usual way, when they are loaded; `names`: of parameters and buffers."""
+        """Puts the weights that were loaded the usual way, and rotary tables, on every device.
+
+        Args:
+            names: of parameters and buffers.
+        """
         for mesh in {weight.sharding.mesh for weight in self._weights.values()}:
-            replicate(self._model, names, mesh)
+            replicate(self._model, {*names, *rotary_tables(self._model)}, mesh)
 
     @functools.cached_property
     def _entries(self) -> dict[str, LeafConversion]:
@@ -185,29 +205,27 @@ class ShardWriter:
                         rows = slice(offsets[0] + part[0].start, offsets[0] + part[0].stop)
                         yield _ShardCopy(weight, device, copy_op, block[part], rows, local)
 
-    def _put(self, entry: LeafConversion, decoded: DecodedRegion, writers: Executor) -> None:
-        """Has a region copied into the shards it is a part of; and registers the copies as readers of the region."""
-        by_shard: dict[tuple[int, Any], list[_ShardCopy]] = collections.defaultdict(list)
+    def tasks(self, entry: LeafConversion, decoded: DecodedRegion) -> Iterator[Callable[[], None]]:
+        """What to run, in any order and by any thread, to write a region into the arrays it is a part of."""
+        by_array: dict[int, list[_ShardCopy]] = collections.defaultdict(list)
         for move in self._shard_copies(entry, decoded):
-            by_shard[id(move.weight), move.device].append(move)
-        for moves in by_shard.values():
-            # Here, and not by the writer: two of them may meet at one shard.
-            shard = moves[0].weight.shard(moves[0].device)
-            decoded.readers.append(writers.submit(self._write, entry, shard, moves))
+            by_array[id(move.weight)].append(move)
+        for moves in by_array.values():
+            yield from moves[0].weight.tasks([self._block(entry, move) for move in moves])
 
-    def _write(self, entry: LeafConversion, shard: Shard, moves: list[_ShardCopy]) -> None:
-        """Copies parts of a region into the one shard that they belong to."""
-        for move in moves:
-            scales, convert = None, None
-            if entry.converter.values:
-                # Computed on the host: XLA may turn a division by a constant into a multiplication.
-                convert = functools.partial(entry.converter.to_hf, sizes=move.copy_op.sizes)
-            elif entry.converter.fold == "output" and self.fold:
-                scales = self.scales.get(move.copy_op.layer, move.rows)
-            if (rounded := move.weight.rounded_to) is not None:
-                convert = _rounding(convert, rounded)
-            shard.write(move.values, move.offsets, scales, convert)
-        shard.wait()
+    def _block(self, entry: LeafConversion, move: _ShardCopy) -> Block:
+        scales, convert = None, None
+        if entry.converter.values:
+            # Computed on the host: XLA may turn a division by a constant into a multiplication.
+            convert = functools.partial(entry.converter.to_hf, sizes=move.copy_op.sizes)
+        elif entry.converter.fold == "output" and self.fold:
+            scales = self.scales.get(move.copy_op.layer, move.rows)
+        if (rounded := move.weight.rounded_to) is not None:
+            convert = _rounding(convert, rounded)
+        return Block(move.device, move.values, move.offsets, scales, convert)
+
+    def _run(self, task: Callable[[], None]) -> None:
+        task()
         self._wrote = time.perf_counter()
 
     def _complete(self, entry: LeafConversion) -> None:

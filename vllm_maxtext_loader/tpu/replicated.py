@@ -1,12 +1,13 @@
-"""Gives every device its copy of the weights that are not spread over them: norms, scalars, a vision tower.
+"""Gives every device its copy of what is not spread over them: norms, scalars, a vision tower, rotary tables.
 
-tpu-inference does so, too, when a load is over (0.32.0 layers/vllm/process_weights/cleanup_sharding.py), by way of the tensors'
-bytes, for which XLA compiles three small programs per shape. The tensors' memory can be handed to JAX as it is.
+tpu-inference does the same when a load is over (0.32.0 layers/vllm/process_weights/cleanup_sharding.py), from the
+tensors' bytes, for which XLA compiles three small programs per shape. JAX can take the tensors' memory as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from types import NoneType
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from torch import nn
 from torch.nn import Parameter
 from torchax.interop import torch_view
 from tpu_inference.layers.common.utils import general_device_put
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 
 from vllm_maxtext_loader.api import to_numpy
 from vllm_maxtext_loader.tpu import dry_load
@@ -26,8 +29,8 @@ def replicate(model: nn.Module, names: Iterable[str], mesh: Any) -> None:
 
     Args:
         model: all of whose weights have been loaded.
-        names: parameters and buffers; the engine still computes with others (an attention's scales) on the host. Layers
-            that tpu-inference places in a way of their own (a second embedding) are left to it.
+        names: parameters and buffers. Those of layers that tpu-inference places itself (a second embedding) are
+            left to it.
         mesh: the devices.
     """
     # A dry load copies nothing.
@@ -40,10 +43,18 @@ def replicate(model: nn.Module, names: Iterable[str], mesh: Any) -> None:
         tensor = getattr(module, last, None)
         if not isinstance(tensor, torch.Tensor) or isinstance(tensor, torchax.tensor.Tensor):
             continue
-        if getattr(module, "quant_method", None) is not None:
+        # A router has vLLM's own method, which leaves its weight as it is.
+        if type(getattr(module, "quant_method", None)) not in (NoneType, UnquantizedLinearMethod):
             continue
         # It says jax.Array; whatever JAX takes will do.
         values: Any = to_numpy(tensor.detach().contiguous())
         placed = torch_view(place(values, NamedSharding(mesh, PartitionSpec())))
         is_parameter = isinstance(tensor, Parameter)
         setattr(module, last, Parameter(placed, requires_grad=False) if is_parameter else placed)
+
+
+def rotary_tables(model: nn.Module) -> Iterator[str]:
+    """Names of the tables that vLLM has computed for rotary embeddings."""
+    for name, module in model.named_modules():
+        if isinstance(module, RotaryEmbeddingBase):
+            yield from (f"{name}.{buffer}" for buffer, _ in module.named_buffers(recurse=False))

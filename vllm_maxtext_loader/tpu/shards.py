@@ -1,22 +1,21 @@
-"""An array in its final form, one shard on each device, while chunks are copied into it in place.
+"""An array in its final form, one shard on each device, while regions are copied into it in place.
 
-A shard on an accelerator is copied into by a donated update on the device. On JAX's CPU backend the device's memory is the host's:
-there the shard is ordinary memory until it is full, and then becomes the array without a copy.
+On JAX's CPU backend the device's memory is the host's: there a shard is ordinary memory until it is full, and then
+becomes the array without a copy (`HostShard`). On an accelerator, the array is filled by tiles (`device_shards`).
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import itertools
 import math
 import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
@@ -31,6 +30,45 @@ Convert = Callable[[np.ndarray], np.ndarray]
 
 _CONVERTED_BYTES = 1 << 18
 """Values are computed with in parts of this size: what is made of one on the way stays in the processor's cache."""
+
+
+def memory_is_host(device: Any) -> bool:
+    """Whether a device's memory is the host's, and shards are filled there."""
+    return device.platform == "cpu" and os.environ.get(DIRECT_VARIABLE) != "device"
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Values for one shard.
+
+    Attributes:
+        device: whose shard.
+        values: one axis per axis of the array.
+        offsets: where they begin in the shard.
+        scales: [experts in values], multiplied in; the result is rounded once.
+        convert: what is done to the values before, each by itself.
+    """
+
+    device: Any
+    values: np.ndarray
+    offsets: Offsets
+    scales: np.ndarray | None = None
+    convert: Convert | None = None
+
+    def fill(self, target: np.ndarray, part: Region) -> None:
+        """Writes a part of the values to `target`, which is of the part's shape."""
+        scales = None if self.scales is None else self.scales[part[0]]
+        fill(target, self.values[part], scales, self.convert)
+
+
+def fill(
+    target: np.ndarray, values: np.ndarray, scales: np.ndarray | None = None, convert: Convert | None = None
+) -> None:
+    """Writes `values` to `target`, of the same shape. See `Block` for scales and convert."""
+    computed = scales is not None or convert is not None or values.dtype != target.dtype
+    for part in tiles(values.shape, _CONVERTED_BYTES // values.itemsize if computed else values.size):
+        made = values[part] if convert is None else convert(values[part])
+        assign(target[part], made if scales is None else fold_expert_scale(made, scales[part[0]]))
 
 
 class HostShard:
@@ -54,64 +92,25 @@ class HostShard:
         scales: np.ndarray | None = None,
         convert: Convert | None = None,
     ) -> None:
-        """Puts `block` at `offsets`.
-
-        Args:
-            block: one axis per axis of the shard.
-            offsets: where it begins.
-            scales: [experts in block], multiplied in; the result is rounded once.
-            convert: what is done to the values before, each by itself.
-        """
+        """Puts `block`, which has one axis per axis of the shard, at `offsets`. See `Block` for the rest."""
         target = self._values[tuple(slice(a, a + n) for a, n in zip(offsets, block.shape, strict=True))]
-        computed = scales is not None or convert is not None or block.dtype != target.dtype
-        for part in tiles(block.shape, _CONVERTED_BYTES // block.itemsize if computed else block.size):
-            values = block[part] if convert is None else convert(block[part])
-            assign(target[part], values if scales is None else fold_expert_scale(values, scales[part[0]]))
-
-    def wait(self) -> None:
-        """Returns when what was written no longer needs the blocks' memory."""
+        fill(target, block, scales, convert)
 
     def array(self) -> jax.Array:
         """The shard on its device; it must not be written to any more."""
         return jax.device_put(self._values, self._device)
 
 
-class DeviceShard:
-    """A shard in an accelerator's memory. See `HostShard` for arguments and methods."""
+class DeviceShards(Protocol):
+    """The shards of an array, where the devices fill them."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, device: Any) -> None:
-        self._values = jnp.zeros(shape, dtype, device=device)
-        self._device = device
-        self._lock = threading.Lock()
+    def tasks(self, blocks: Sequence[Block]) -> Iterator[Callable[[], None]]:
+        """What to run, in any order and by any thread, to write blocks of one region into the shards."""
+        ...
 
-    def write(
-        self,
-        block: np.ndarray,
-        offsets: Offsets,
-        scales: np.ndarray | None = None,
-        convert: Convert | None = None,
-    ) -> None:
-        values = np.ascontiguousarray(block if convert is None else convert(block))
-        block = jax.device_put(values, self._device)
-        with self._lock:
-            # An update gives the memory away and gets it back: one at a time.
-            self._values = update(self._values, block, offsets, scales)
-
-    def wait(self) -> None:
-        with self._lock:
-            self._values.block_until_ready()
-
-    def array(self) -> jax.Array:
-        return self._values
-
-
-Shard = HostShard | DeviceShard
-
-
-def make_shard(shape: tuple[int, ...], dtype: np.dtype, device: Any) -> Shard:
-    """An empty (zero) shard of the kind that suits the device."""
-    on_host = device.platform == "cpu" and os.environ.get(DIRECT_VARIABLE) != "device"
-    return (HostShard if on_host else DeviceShard)(shape, dtype, device)
+    def arrays(self) -> list[jax.Array]:
+        """The shards, in the order of the devices' ids; they must not be written to any more."""
+        ...
 
 
 @dataclasses.dataclass
@@ -128,6 +127,8 @@ class PendingArray:
         on_complete: puts the array into the module.
         dtype: of the array.
         rounded_to: dtype that values are rounded to on the way to a wider one; None where that is not needed.
+        row_major: whether its memory must be row-major on the device. Otherwise the device chooses.
+        on_devices: what fills its shards on the devices; None where they are filled in host memory.
     """
 
     parameters: tuple[str, ...]
@@ -139,7 +140,9 @@ class PendingArray:
     on_complete: Callable[[jax.Array], None]
     dtype: np.dtype
     rounded_to: np.dtype | None = None
-    _shards: dict[Any, Shard] = dataclasses.field(default_factory=dict)
+    row_major: bool = False
+    on_devices: DeviceShards | None = None
+    _shards: dict[Any, HostShard] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def addressable_indices(self) -> dict[Any, Region]:
@@ -185,26 +188,41 @@ class PendingArray:
                 part = tuple(slice(a - m, b - m) for a, b, m in zip(low, high, target, strict=True))
                 yield device, part, tuple(a - s.start for a, s in zip(low, shard, strict=True))
 
-    def shard(self, device: Any) -> Shard:
+    @functools.cached_property
+    def shard_shape(self) -> tuple[int, ...]:
+        """Shape of what one device holds."""
+        return self.sharding.shard_shape(self.shape)
+
+    def shard(self, device: Any) -> HostShard:
         """The part of a device of this process; made empty when it is first asked for."""
         if device not in self._shards:
-            shape = tuple(part.stop - part.start for part in self.addressable_indices[device])
-            self._shards[device] = make_shard(shape, self.dtype, device)
+            self._shards[device] = HostShard(self.shard_shape, self.dtype, device)
         return self._shards[device]
+
+    def tasks(self, blocks: Sequence[Block]) -> Iterator[Callable[[], None]]:
+        """What to run, in any order and by any thread, to write blocks of one region into the array."""
+        if self.on_devices is not None:
+            yield from self.on_devices.tasks(blocks)
+            return
+        by_device: dict[Any, list[Block]] = collections.defaultdict(list)
+        for block in blocks:
+            by_device[block.device].append(block)
+        for device, parts in by_device.items():
+            yield functools.partial(_write, self.shard(device), parts)
 
     def array(self) -> jax.Array:
         """The whole array; it must not be written to any more."""
-        shards = [self.shard(device).array() for device in self.addressable_indices]
-        self._shards = {}
+        if self.on_devices is not None:
+            shards, self.on_devices = self.on_devices.arrays(), None
+        else:
+            shards = [self.shard(device).array() for device in self.addressable_indices]
+            self._shards = {}
         return jax.make_array_from_single_device_arrays(self.shape, self.sharding, shards)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def update(shard: jax.Array, block: jax.Array, offsets: Offsets, scales: Any) -> jax.Array:
-    """`shard` with `block` at `offsets`, in the same memory; [experts] scales are multiplied in, rounding once."""
-    if scales is not None:
-        block = block.astype(jnp.float32) * scales[:, None, None]
-    return jax.lax.dynamic_update_slice(shard, block.astype(shard.dtype), offsets)
+def _write(shard: HostShard, blocks: Sequence[Block]) -> None:
+    for block in blocks:
+        shard.write(block.values, block.offsets, block.scales, block.convert)
 
 
 def tiles(shape: tuple[int, ...], size: int) -> Iterator[Region]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -23,7 +23,6 @@ from tpu_inference.layers.common.process_weights.linear_weights import LinearWei
 from tpu_inference.layers.common.process_weights.moe_weights import (
     FusedMoEWeights,
     _get_moe_weight_shardings,
-    shard_moe_weights,
 )
 from tpu_inference.layers.common.sharding import ShardingAxisName
 from tpu_inference.layers.vllm.quantization.unquantized import (
@@ -34,7 +33,12 @@ from tpu_inference.layers.vllm.quantization.unquantized import (
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from vllm_maxtext_loader.conversion.family import Family, PackedModule, WeightConverter
-from vllm_maxtext_loader.tpu.columns import ColumnRange, expert_column_ranges, linear_column_ranges
+from vllm_maxtext_loader.tpu.columns import (
+    ColumnRange,
+    LinearColumns,
+    expert_column_ranges,
+    linear_column_ranges,
+)
 from vllm_maxtext_loader.tpu.shards import PendingArray
 
 
@@ -78,6 +82,8 @@ class _Finder:
     def __init__(self, model: nn.Module, family: Family, leaves: Leaves, dtype: np.dtype) -> None:
         self.weights: dict[tuple[int, str], PendingArray] = {}
         self._dtype = dtype
+        # Linear layers, by what decides where their columns go, and what makes their arrays once that is known.
+        self._linears: list[tuple[LinearColumns, Callable[[list[ColumnRange], int], None]]] = []
         self._names = {id(module): name for name, module in model.named_modules()}
         decoder: Any = next(module for module in model.modules() if _embedding_of(module) is not None)
         for index, layer in enumerate(decoder.layers):
@@ -90,6 +96,10 @@ class _Finder:
                     self._experts(index, module, packed, own)
                 else:
                     self._linear(index, module, packed, own)
+        kinds = list(dict.fromkeys(kind for kind, _ in self._linears))
+        found = dict(zip(kinds, linear_column_ranges(kinds), strict=True))
+        for kind, add in self._linears:
+            add(*found[kind])
         outside = leaves.get(NON_LAYER, {})
         head = next((module for module in model.modules() if isinstance(module, ParallelLMHead)), None)
         self._embedding(decoder, head, outside)
@@ -131,9 +141,6 @@ class _Finder:
             groups[name] = (in_axes, out_axes)
             sizes = tuple(own[name].shape[axis] for axis in out_axes)
             outputs.append((name, sizes, replicas if position else 1))
-        column_ranges, columns = linear_column_ranges(
-            tuple(outputs), tuple(config.output_sizes), config.n_shards
-        )
 
         complete: dict[str, jax.Array] = {}
 
@@ -146,10 +153,9 @@ class _Finder:
                 complete.clear()
             method.process_weights_after_loading = _noop_process_weights
 
-        first = outputs[0][0]
-        self._add(
-            layer,
-            PendingArray(
+        def add(column_ranges: list[ColumnRange], columns: int) -> None:
+            first = outputs[0][0]
+            array = PendingArray(
                 parameters=(f"{self._names[id(module)]}.weight",),
                 shape=(math.prod(own[first].shape[axis] for axis in groups[first][0]), columns),
                 sharding=NamedSharding(config.mesh, config.weight_sharding),
@@ -158,13 +164,13 @@ class _Finder:
                 missing_leaves=set(groups),
                 on_complete=functools.partial(on_complete, "weight"),
                 dtype=self._dtype,
-            ),
-        )
-        if has_bias:
-            of_weight = {weight: bias for weight, bias in zip(names, biases, strict=True) if weight and bias}
-            self._add(
-                layer,
-                PendingArray(
+            )
+            self._add(layer, array)
+            if has_bias:
+                of_weight = {
+                    weight: bias for weight, bias in zip(names, biases, strict=True) if weight and bias
+                }
+                bias = PendingArray(
                     parameters=(f"{self._names[id(module)]}.bias",),
                     shape=(columns,),
                     sharding=NamedSharding(config.mesh, config.bias_sharding),
@@ -173,8 +179,11 @@ class _Finder:
                     missing_leaves=set(of_weight.values()),
                     on_complete=functools.partial(on_complete, "bias"),
                     dtype=self._dtype,
-                ),
-            )
+                )
+                self._add(layer, bias)
+
+        kind = LinearColumns(tuple(outputs), tuple(config.output_sizes), config.n_shards)
+        self._linears.append((kind, add))
 
     def _experts(self, layer: int, module: Any, packed: PackedModule, own: dict[str, LayerLeaf]) -> None:
         """The routed experts of a layer: gate and up (in one leaf or in two), and down."""
@@ -233,6 +242,8 @@ class _Finder:
                     # tpu-inference adds biases in float32, which it makes from the engine's dtype.
                     dtype=np.dtype(np.float32) if is_bias else self._dtype,
                     rounded_to=self._dtype if is_bias else None,
+                    # As tpu-inference's shard_moe_weights asks for; its kernels rely on it.
+                    row_major=True,
                 ),
             )
 
@@ -336,11 +347,5 @@ def _moe_weights(**weights: Any) -> FusedMoEWeights:
 def _finish_experts(module: Any, name: str, array: Any) -> None:
     method: Any = module.quant_method
     _free_parameter(module, name)
-    layout = array.format.layout
-    if layout is not None and tuple(layout.major_to_minor) != tuple(range(array.ndim)):
-        # The array lies where it should; this gives it the memory layout the kernels ask for. Asking for one it has
-        # would copy it.
-        made = shard_moe_weights(_moe_weights(**{name: array}), method.moe_backend, method.mesh)
-        array = getattr(made, name)
     setattr(module, name, Parameter(torch_view(array), requires_grad=False))
     method.process_weights_after_loading = _noop_process_weights

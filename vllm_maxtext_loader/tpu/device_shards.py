@@ -1,0 +1,411 @@
+"""Arrays in the memory of this process's devices, filled by tiles of a fixed shape.
+
+The host fills a tile as it fills a shard in its own memory (`shards.fill`), so both hold the same bits. One
+program per kind of array puts a tile into every device's shard. It spans the devices of this process only, and has
+no collective operation: what other processes read, and in which order, does not matter.
+
+Tiles are sent from a ring of buffers. A buffer is used again when the program that read it has run.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import itertools
+import math
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.layout import Format, Layout
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from vllm_maxtext_loader.checkpoint.reader import aligned
+from vllm_maxtext_loader.tpu.shards import Block, Offsets, PendingArray
+
+_AXIS = "device"
+
+_STAGED = 100
+"""The buffers, and so what is on its way to the devices, have one byte for this many of the arrays."""
+
+_MOST_STAGED = 256 << 20
+_LARGEST_TILE = 4 << 20
+_SMALLEST_TILE = 64 << 10
+_MOST_BUFFERS = 32
+
+_TILE_COLUMNS = 64
+"""What a tile costs beyond its bytes, in columns."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardKind:
+    """What arrays that are filled by one program have in common.
+
+    Attributes:
+        shape: of one shard.
+        dtype: of the array.
+        width: columns that a tile has at most.
+        row_major: whether the array's memory must be row-major. Otherwise the device chooses.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    width: int
+    row_major: bool = False
+
+    @classmethod
+    def of(cls, array: PendingArray) -> ShardKind:
+        """The kind of an array."""
+        widths: list[int] = []
+        for *_, columns in array.addressable_indices.values():
+            for part in array.column_ranges:
+                length = min(columns.stop, part.start + part.length) - max(columns.start, part.start)
+                widths += [length] if length > 0 else []
+        return cls(array.shard_shape, array.dtype, best_width(widths), array.row_major)
+
+    @property
+    def nbytes(self) -> int:
+        """Of one shard."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def tile(self, lengths: Sequence[int], limit: int) -> tuple[int, ...]:
+        """Shape of a tile.
+
+        Args:
+            lengths: shape of what is typically written at a time.
+            limit: bytes.
+        """
+        size = max(1, limit // self.dtype.itemsize)
+        tile = (_even(lengths[-1], min(size, self.width)),)
+        size //= tile[0]
+        for length in reversed(lengths[:-1]):
+            tile = (_even(length, size), *tile)
+            size = size // length if tile[0] == length else 1
+        return tile
+
+
+def best_width(widths: Sequence[int]) -> int:
+    """The one of these widths that covers ranges of all of them with little padding and few tiles."""
+    lengths = collections.Counter(widths)
+
+    def cost(width: int) -> int:
+        return sum(
+            count * math.ceil(length / width) * (width + _TILE_COLUMNS) for length, count in lengths.items()
+        )
+
+    return min(sorted(lengths, reverse=True), key=cost)
+
+
+def _even(length: int, limit: int) -> int:
+    """The longest part of at most `limit` where a length is cut into parts that are alike."""
+    return math.ceil(length / math.ceil(length / max(1, min(length, limit))))
+
+
+def put_tile(
+    shard: jax.Array, tile: jax.Array, where: jax.Array, *, shape: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array]:
+    """What one device does with a tile.
+
+    Args:
+        shard: what is written into.
+        tile: the values, flat. A flat array lies in memory alike on the host and on every kind of device.
+        where: [1, 3, axes]: where the tile begins in the shard; first and last (exclusive) index of what counts
+            in the tile. Elsewhere the shard keeps its values.
+        shape: of the tile.
+
+    Returns:
+        (the shard, a value that exists when the tile has been read)
+    """
+    offsets, low, high = where[0]
+    before = jax.lax.dynamic_slice(shard, offsets, shape)
+    counts = jnp.ones((), bool)
+    for axis in range(len(shape)):
+        index = jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+        counts &= (index >= low[axis]) & (index < high[axis])
+    shard = jax.lax.dynamic_update_slice(shard, jnp.where(counts, tile.reshape(shape), before), offsets)
+    return shard, jax.lax.slice(shard, (0,) * shard.ndim, (1,) * shard.ndim).reshape(1)
+
+
+class LocalDevices:
+    """Devices of one process, and the programs that run on all of them."""
+
+    def __init__(self, devices: Iterable[Any]) -> None:
+        self.devices = tuple(sorted(devices, key=lambda device: device.id))
+        mesh = Mesh(np.array(self.devices), (_AXIS,))
+        self.sharding = NamedSharding(mesh, PartitionSpec(_AXIS))
+
+    def allocation(self, kinds: Sequence[ShardKind]) -> Any:
+        """The program that makes the shards of arrays of these kinds, all zeros."""
+        made = [self._shards(kind) for kind in kinds]
+
+        def allocate() -> list[jax.Array]:
+            return [jnp.zeros(array.shape, array.dtype) for array in made]
+
+        return jax.jit(allocate, out_shardings=[self._format(kind) for kind in kinds])
+
+    def update(self, kind: ShardKind, tile: tuple[int, ...]) -> Any:
+        """The program that puts a tile into every shard of an array, in place. See `put_tile`."""
+        spec, form = PartitionSpec(_AXIS), self._format(kind)
+        program = jax.shard_map(
+            functools.partial(put_tile, shape=tile),
+            mesh=self.sharding.mesh,
+            in_specs=spec,
+            out_specs=spec,
+            check_vma=False,
+        )
+        shardings = (form, self.sharding, self.sharding)
+        return jax.jit(program, donate_argnums=0, in_shardings=shardings, out_shardings=shardings[:2])
+
+    def update_arguments(self, kind: ShardKind, tile: tuple[int, ...]) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """What `update` is called with, without values."""
+        count = len(self.devices)
+        return (
+            self._shards(kind),
+            jax.ShapeDtypeStruct((count * math.prod(tile),), kind.dtype, sharding=self.sharding),
+            jax.ShapeDtypeStruct((count, 3, len(tile)), np.int32, sharding=self.sharding),
+        )
+
+    def _shards(self, kind: ShardKind) -> jax.ShapeDtypeStruct:
+        """All shards of an array, behind each other along the first axis."""
+        shape = (len(self.devices) * kind.shape[0], *kind.shape[1:])
+        return jax.ShapeDtypeStruct(shape, kind.dtype, sharding=self._format(kind))
+
+    def _format(self, kind: ShardKind) -> Any:
+        return (
+            Format(Layout(tuple(range(len(kind.shape)))), self.sharding) if kind.row_major else self.sharding
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The program that fills the arrays of one kind.
+
+    Attributes:
+        tile: shape of its tiles.
+        run: see `LocalDevices.update`.
+    """
+
+    tile: tuple[int, ...]
+    run: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tile:
+    """A part of a shard that is written at a time.
+
+    Attributes:
+        offsets: where the tile begins in the shard.
+        start, stop: what counts, in the shard.
+        blocks: the values, and possibly others.
+    """
+
+    offsets: Offsets
+    start: Offsets
+    stop: Offsets
+    blocks: Sequence[Block]
+
+    @property
+    def where(self) -> list[list[int]]:
+        """As `put_tile` takes it."""
+        low = [start - offset for start, offset in zip(self.start, self.offsets, strict=True)]
+        high = [stop - offset for stop, offset in zip(self.stop, self.offsets, strict=True)]
+        return [list(self.offsets), low, high]
+
+    def fill(self, target: np.ndarray) -> None:
+        """Writes the values to the tile's memory."""
+        for block in self.blocks:
+            low = [max(a, b) for a, b in zip(block.offsets, self.start, strict=True)]
+            high = [
+                min(a + n, b) for a, n, b in zip(block.offsets, block.values.shape, self.stop, strict=True)
+            ]
+            if all(a < b for a, b in zip(low, high, strict=True)):
+                there = _region(low, high, self.offsets)
+                block.fill(target[there], _region(low, high, block.offsets))
+
+
+def _region(low: Sequence[int], high: Sequence[int], origin: Offsets) -> tuple[slice, ...]:
+    return tuple(slice(a - o, b - o) for a, b, o in zip(low, high, origin, strict=True))
+
+
+class _Buffer:
+    """Memory for one tile of every device.
+
+    Attributes:
+        memory: [devices, bytes].
+        read: exists when the program that reads the memory has run; None where none does.
+    """
+
+    def __init__(self, memory: np.ndarray) -> None:
+        self.memory = memory
+        self.read: jax.Array | None = None
+
+
+class StagedArray:
+    """The shards of one array. See `shards.DeviceShards`."""
+
+    def __init__(self, staging: Staging, array: PendingArray) -> None:
+        self.kind = ShardKind.of(array)
+        self.values: jax.Array | None = None
+        self._staging = staging
+
+    def tasks(self, blocks: Sequence[Block]) -> Iterator[Callable[[], None]]:
+        by_device: dict[Any, list[Block]] = collections.defaultdict(list)
+        for block in blocks:
+            by_device[block.device].append(block)
+        boxes = [(device, *box) for device, own in by_device.items() for box in _boxes(own)]
+        lengths = [
+            max(high[axis] - low[axis] for _, low, high, _ in boxes) for axis in range(len(self.kind.shape))
+        ]
+        program = self._staging.program(self.kind, lengths)
+        tiles: dict[Any, list[_Tile]] = {device: [] for device in self._staging.local.devices}
+        for device, low, high, own in boxes:
+            tiles[device] += self._cut(program.tile, low, high, own)
+        for together in itertools.zip_longest(*tiles.values()):
+            yield functools.partial(self._staging.put, self, program, together)
+
+    def _cut(
+        self, tile: tuple[int, ...], low: Offsets, high: Offsets, blocks: Sequence[Block]
+    ) -> Iterator[_Tile]:
+        steps = [range(a, b, step) for a, b, step in zip(low, high, tile, strict=True)]
+        for start in itertools.product(*steps):
+            stop = tuple(min(a + step, b) for a, step, b in zip(start, tile, high, strict=True))
+            # A tile lies within the shard; what in it was written before keeps its values.
+            offsets = tuple(min(a, n - step) for a, n, step in zip(start, self.kind.shape, tile, strict=True))
+            yield _Tile(offsets, start, stop, blocks)
+
+    def arrays(self) -> list[jax.Array]:
+        values = self._staging.take(self)
+        return [shard.data for shard in values.addressable_shards]
+
+
+def _boxes(blocks: Sequence[Block]) -> Iterator[tuple[Offsets, Offsets, Sequence[Block]]]:
+    """(first index, last index, blocks): blocks that fill a box (heads of a kernel) together, all others alone."""
+    ends = [tuple(a + n for a, n in zip(block.offsets, block.values.shape, strict=True)) for block in blocks]
+    low = tuple(min(starts) for starts in zip(*(block.offsets for block in blocks), strict=True))
+    high = tuple(max(stops) for stops in zip(*ends, strict=True))
+    if math.prod(b - a for a, b in zip(low, high, strict=True)) == sum(block.values.size for block in blocks):
+        yield low, high, blocks
+        return
+    for block, end in zip(blocks, ends, strict=True):
+        yield block.offsets, end, [block]
+
+
+class Staging:
+    """The buffers and the programs of one load.
+
+    Args:
+        arrays: what is filled.
+        devices: this process's, which hold the arrays.
+
+    Attributes:
+        arrays: their shards.
+        local: the devices.
+        tile_nbytes: of the largest tile.
+        buffers: number of buffers.
+        programs: by kind of array.
+    """
+
+    def __init__(self, arrays: Sequence[PendingArray], devices: Iterable[Any]) -> None:
+        self.local = LocalDevices(devices)
+        self.arrays = [StagedArray(self, array) for array in arrays]
+        self.programs: dict[ShardKind, Program] = {}
+        count = len(self.local.devices)
+        held = sum(array.kind.nbytes for array in self.arrays)
+        staged = min(_MOST_STAGED // count, held // _STAGED)
+        self.tile_nbytes = min(max(_power_of_two(staged // 4), _SMALLEST_TILE), _LARGEST_TILE)
+        self.buffers = min(max(2, staged // self.tile_nbytes), _MOST_BUFFERS)
+        self._lock = threading.Lock()
+        self._allocated = False
+        # By device: what it was given when it last had no tile, and was told that nothing in it counts.
+        self._idle: list[jax.Array | None] = [None] * count
+
+    @functools.cached_property
+    def _free(self) -> queue.SimpleQueue[_Buffer]:
+        """Buffers in the order in which they were sent."""
+        free: queue.SimpleQueue[_Buffer] = queue.SimpleQueue()
+        shape = (self.buffers, len(self.local.devices), self.tile_nbytes)
+        for memory in aligned(math.prod(shape)).reshape(shape):
+            free.put(_Buffer(memory))
+        return free
+
+    def program(self, kind: ShardKind, lengths: Sequence[int]) -> Program:
+        """The program for arrays of a kind. What is written first (`lengths`) decides its tile's shape."""
+        if kind not in self.programs:
+            tile = kind.tile(lengths, self.tile_nbytes)
+            self.programs[kind] = Program(tile, self.local.update(kind, tile))
+        return self.programs[kind]
+
+    def put(self, array: StagedArray, program: Program, tiles: Sequence[_Tile | None]) -> None:
+        """Fills a tile for each device that has one, and puts them into an array."""
+        buffer = self._free.get()
+        try:
+            if buffer.read is not None:
+                buffer.read.block_until_ready()
+                buffer.read = None
+            self._put(array, program, tiles, buffer)
+        finally:
+            self._free.put(buffer)
+
+    def _put(
+        self, array: StagedArray, program: Program, tiles: Sequence[_Tile | None], buffer: _Buffer
+    ) -> None:
+        dtype, size = array.kind.dtype, math.prod(program.tile)
+        where = np.zeros((len(tiles), 3, len(program.tile)), np.int32)
+        parts: list[Any] = [memory[: size * dtype.itemsize].view(dtype) for memory in buffer.memory]
+        for number, tile in enumerate(tiles):
+            if tile is not None:
+                where[number] = tile.where
+                tile.fill(parts[number].reshape(program.tile))
+            elif (idle := self._idle[number]) is not None and (idle.size, idle.dtype) == (size, dtype):
+                parts[number] = idle
+        # Also where each goes: with several processes, JAX takes no array of the host's for a part of its devices.
+        devices = self.local.devices
+        sent = jax.device_put([*parts, *np.split(where, len(devices))], [*devices, *devices])
+        sent, places = sent[: len(devices)], sent[len(devices) :]
+        given = self._together((size * len(devices),), sent)
+        place = self._together(where.shape, places)
+        with self._lock:
+            self._allocate()
+            self._idle = [part if tile is None else None for part, tile in zip(sent, tiles, strict=True)]
+            array.values, buffer.read = program.run(array.values, given, place)
+
+    def _together(self, shape: tuple[int, ...], parts: list[jax.Array]) -> jax.Array:
+        return jax.make_array_from_single_device_arrays(shape, self.local.sharding, parts)
+
+    def take(self, array: StagedArray) -> jax.Array:
+        """The shards of an array, which are no longer held here."""
+        with self._lock:
+            self._allocate()
+            values, array.values = array.values, None
+        assert values is not None
+        return values
+
+    def _allocate(self) -> None:
+        """Makes all arrays, by one program, when the first is needed."""
+        if not self._allocated:
+            made = self.local.allocation([array.kind for array in self.arrays])()
+            for array, values in zip(self.arrays, made, strict=True):
+                array.values = values
+            self._allocated = True
+
+
+def _power_of_two(number: int) -> int:
+    """The largest power of two that is not larger."""
+    return 1 << max(0, number.bit_length() - 1)
+
+
+def fill_on_devices(arrays: Iterable[PendingArray]) -> list[Staging]:
+    """Makes arrays be filled in their devices' memory."""
+    by_devices: dict[frozenset[Any], list[PendingArray]] = collections.defaultdict(list)
+    for array in arrays:
+        by_devices[frozenset(array.addressable_indices)].append(array)
+    stagings = [Staging(own, devices) for devices, own in by_devices.items()]
+    for staging, own in zip(stagings, by_devices.values(), strict=True):
+        for array, staged in zip(own, staging.arrays, strict=True):
+            array.on_devices = staged
+    return stagings
