@@ -93,6 +93,39 @@ CASES: dict[str, Case] = {
     ),
     "e2b, all layers": Case("gemma4-e2b", None, ("v5e:1x1", "v6e:1x1", "tpu7x:2x2x1"), 1),
     "e4b, all layers": Case("gemma4-e4b", None, ("v5e:2x2", "v6e:2x2"), 4),
+    "gemma3-4b TP 8": Case("gemma3-4b", 12, ("v5e:2x4", "v6e:2x4", "tpu7x:2x2x1"), 8),
+    "gemma3-4b TP 4": Case("gemma3-4b", 12, ("v5e:2x2", "v6e:2x2"), 4),
+    "gemma3-4b, all layers": Case("gemma3-4b", None, ("v5e:1x1", "v6e:1x1", "tpu7x:2x2x1"), 1),
+    "qwen3-8b TP 8": Case("qwen3-8b", 4, ("v5e:2x4", "v6e:2x4", "tpu7x:2x2x1"), 8),
+    "qwen3-8b TP 4": Case("qwen3-8b", 4, ("v5e:2x2", "v6e:2x2"), 4),
+    "qwen3-8b TP 1": Case("qwen3-8b", 4, ("v6e:1x1", "tpu7x:2x2x1"), 1),
+    "qwen3-30b-a3b TP 8": Case("qwen3-30b-a3b", 4, ("v5e:2x4", "v6e:2x4", "tpu7x:2x2x1"), 8),
+    "qwen3-30b-a3b TP 4": Case("qwen3-30b-a3b", 4, ("v5e:2x2", "v6e:2x2"), 4),
+    "qwen3-30b-a3b TP 1": Case("qwen3-30b-a3b", 2, ("v6e:1x1", "tpu7x:2x2x1"), 1),
+    "qwen3-30b-a3b EP 8": Case(
+        "qwen3-30b-a3b", 4, ("v5e:2x4", "v6e:2x4", "tpu7x:2x2x1"), 8, expert_parallel=True
+    ),
+    # 28 attention heads: no 8 devices.
+    "qwen2.5-7b TP 4": Case("qwen2.5-7b", 4, ("v5e:2x2", "v6e:2x2", "tpu7x:2x2x1"), 4),
+    "qwen2.5-7b TP 1": Case("qwen2.5-7b", 4, ("v6e:1x1", "tpu7x:2x2x1"), 1),
+    "llama3.1-8b TP 8": Case("llama3.1-8b", 4, ("v5e:2x4", "v6e:2x4", "tpu7x:2x2x1"), 8),
+    "llama3.1-8b TP 4": Case("llama3.1-8b", 4, ("v5e:2x2", "v6e:2x2"), 4),
+    "llama3.1-8b TP 1": Case("llama3.1-8b", 4, ("v6e:1x1", "tpu7x:2x2x1"), 1),
+    "llama3.1-405b TP 16, 4 hosts": Case("llama3.1-405b", 2, ("v6e:4x4",), 16),
+    "mistral-7b TP 8": Case("mistral-7b", 4, ("v5e:2x4", "v6e:2x4", "tpu7x:2x2x1"), 8),
+    "mistral-7b TP 1": Case("mistral-7b", 4, ("v6e:1x1",), 1),
+    "mixtral-8x7b TP 8": Case("mixtral-8x7b", 4, ("v5e:2x4", "v6e:2x4", "tpu7x:2x2x1"), 8),
+    "mixtral-8x7b TP 4": Case("mixtral-8x7b", 4, ("v5e:2x2", "v6e:2x2"), 4),
+    "mixtral-8x7b TP 1": Case("mixtral-8x7b", 2, ("v6e:1x1", "tpu7x:2x2x1"), 1),
+    "mixtral-8x7b EP 8": Case(
+        "mixtral-8x7b", 4, ("v5e:2x4", "v6e:2x4", "tpu7x:2x2x1"), 8, expert_parallel=True
+    ),
+    "gpt-oss-20b TP 8": Case("gpt-oss-20b", 2, ("v5e:2x4", "v6e:2x4", "tpu7x:2x2x1"), 8),
+    "gpt-oss-20b TP 4": Case("gpt-oss-20b", 2, ("v5e:2x2", "v6e:2x2"), 4),
+    "gpt-oss-20b TP 1": Case("gpt-oss-20b", 2, ("v6e:1x1", "tpu7x:2x2x1"), 1),
+    "gpt-oss-20b EP 8": Case(
+        "gpt-oss-20b", 2, ("v5e:2x4", "v6e:2x4", "tpu7x:2x2x1"), 8, expert_parallel=True
+    ),
 }
 
 QUICK = ("26b TP 8",)

@@ -13,13 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_maxtext_loader.errors import EngineError, OptionError
 from vllm_maxtext_loader.tools import slices
-from vllm_maxtext_loader.tools.tpu_memory import (
-    DeviceArray,
-    KVCache,
-    device_arrays,
-    kv_cache,
-    rotary_bytes,
-)
+from vllm_maxtext_loader.tools.kv_cache import KVCache, kv_cache
+from vllm_maxtext_loader.tools.text_model import text_model
+from vllm_maxtext_loader.tools.tpu_memory import DeviceArray, device_arrays, rotary_bytes
 
 if TYPE_CHECKING:
     from vllm_maxtext_loader.api import Checkpoint
@@ -111,13 +107,9 @@ class Fitter:
     """
 
     def __init__(self, checkpoint: Checkpoint, requested: str, request: Request) -> None:
-        self.config: Any = checkpoint.hf_config()
         self.request, self.requested = request, requested
-        self._shapes = {name: target.shape for name, target in checkpoint.plan.targets.items()}
-        self._has_experts = any(
-            len(shape) == 3 and ".experts" in name for name, shape in self._shapes.items()
-        )
-        self._text: Any = self.config.get_text_config()
+        self._model = text_model(checkpoint)
+        self._has_experts = any(".experts" in name for name in self._model.shapes)
 
     def row(self, name: str) -> Row:
         """A slice, by its name, as asked; with the command that would work.
@@ -143,7 +135,7 @@ class Fitter:
         request = self.request
         devices = request.tensor_parallel_size or chosen.devices
         per_chip = min(chosen.devices_per_chip, devices)
-        wanted = request.max_model_len or self._text.max_position_embeddings
+        wanted = request.max_model_len or self._model.max_position_embeddings
         row = Row(
             topology=chosen.name,
             chips=chosen.chips,
@@ -165,11 +157,12 @@ class Fitter:
                 raise EngineError(
                     f"--tensor-parallel-size {devices}: {chosen.name} has {chosen.devices} devices"
                 )
+            self._model.check(devices)
             arrays = self._arrays(devices, expert_parallel)
             cache = self._cache(devices, wanted)
         except EngineError as error:
             return dataclasses.replace(row, reason=str(error))
-        rotary = rotary_bytes(self.config)
+        rotary = rotary_bytes(self._model)
         weights = sum(array.nbytes for array in arrays) + rotary
         row = dataclasses.replace(
             row,
@@ -197,10 +190,10 @@ class Fitter:
                 f"(--gpu-memory-utilization {self.request.gpu_memory_utilization:g})",
             )
         length, reason = wanted, ""
-        if (longest := self._cache(devices, wanted).longest(left)) < wanted:
-            needed = row.kv_bytes_per_token * wanted
+        if not (cache := self._cache(devices, wanted)).holds(left, wanted):
+            needed = cache.request_bytes(wanted) * per_chip / devices
             length = self._longest(devices, left, wanted)
-            best = f"the longest that fits has {length:,}" if length else f"{longest:,} fit"
+            best = f"the longest that fits has {length:,}" if length else "none fits"
             reason = (
                 f"KV cache: one request of {wanted:,} tokens needs {_gib(needed)} of each chip, "
                 f"{_gib(left * per_chip / devices)} are left next to {_gib(row.weight_bytes)} of weights; "
@@ -218,15 +211,17 @@ class Fitter:
         )
 
     def _longest(self, devices: int, left: int, most: int) -> int:
-        """The longest request that fits, as a multiple of _ROUND_LENGTH; 0 where not even that does."""
-        # A shorter length makes smaller blocks, of which more fit: look again until it stays.
-        length = most
-        for _ in range(8):
-            found = self._cache(devices, length).longest(left) // _ROUND_LENGTH * _ROUND_LENGTH
-            if found >= length or found == 0:
-                break
-            length = found
-        return length if self._cache(devices, length).longest(left) >= length and length < most else 0
+        """The longest request that fits and is shorter than `most`, as a multiple of _ROUND_LENGTH; 0: none is."""
+        # A shorter length makes smaller blocks, which hold what larger ones hold.
+        low, high = 0, -(-most // _ROUND_LENGTH)
+        while high - low > 1:
+            middle = (low + high) // 2
+            length = middle * _ROUND_LENGTH
+            if self._cache(devices, length).holds(left, length):
+                low = middle
+            else:
+                high = middle
+        return low * _ROUND_LENGTH
 
     def engine_arguments(self, row: Row) -> dict[str, Any]:
         """Arguments of vLLM's EngineArgs for the engine of a row."""
@@ -269,11 +264,11 @@ class Fitter:
         )
 
     def _arrays(self, devices: int, expert_parallel: bool) -> list[DeviceArray]:
-        return device_arrays(self._shapes, self.config, devices, expert_parallel=expert_parallel)
+        return device_arrays(self._model, devices, expert_parallel=expert_parallel)
 
     def _cache(self, devices: int, max_model_len: int) -> KVCache:
         return kv_cache(
-            self.config,
+            self._model,
             devices,
             max_model_len=max_model_len,
             max_num_seqs=self.request.max_num_seqs or DEFAULT_SEQUENCES,

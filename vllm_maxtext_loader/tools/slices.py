@@ -89,7 +89,8 @@ def larger(found: Slice) -> list[str]:
 def _hbm_bytes(name: str, version: str) -> int:
     """Memory of a chip, from JAX's table of TPUs."""
     try:
-        from jax.experimental.pallas import tpu
+        # The public way, jax.experimental.pallas.tpu, imports all of Pallas.
+        from jax._src import tpu_info as tpu
     except ImportError as error:
         raise EngineError(
             "vllm-maxtext fit needs JAX's table of TPUs, which comes with vllm-tpu: "
