@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from support.checkpoints import cases
 from vllm_maxtext_loader import errors, open_checkpoint
 from vllm_maxtext_loader.tools import slices
 from vllm_maxtext_loader.tools.fit import Fitter, Request, Row
-from vllm_maxtext_loader.tools.tpu_memory import KVCache
+from vllm_maxtext_loader.tools.kv_cache import KVCache
 
 pytest.importorskip("jax.experimental.pallas.tpu", reason="JAX's table of TPUs comes with vllm-tpu")
 
@@ -68,7 +69,7 @@ def row(run: Path, topology: str, **request: Any) -> Row:
 def words(line: str | None) -> list[str]:
     """A command's words after the checkpoint."""
     assert line is not None
-    return line.split()[3:]
+    return shlex.split(line)[3:]
 
 
 def test_26b_on_v5e_8(published: Run) -> None:
@@ -110,6 +111,80 @@ def test_e4b_on_one_v6e_chip(published: Run) -> None:
     assert found.reason == ""
     assert words(found.line)[-2:] == ["--tensor-parallel-size", "1"]
     assert found.kv_tokens > found.max_model_len == 131_072
+
+
+def test_llama_405b(published: Run) -> None:
+    """vllm issue 9052: out of memory on slice after slice, found by trying them."""
+    run = published("llama3.1-405b")
+    for topology in ("v5e-8", "v5e-32", "v6e-8", "v6e-16"):
+        found = row(run, topology)
+        assert not found.fits
+        assert found.reason.startswith(f"out of memory: weights take {found.weight_bytes / 2**30:.1f} GiB")
+    fitting = {"v5e": "v5e-64", "v6e": "v6e-32"}
+    for generation, larger in fitting.items():
+        line = row(run, f"{generation}-8").line
+        assert line is not None
+        assert line.endswith(f"# on {larger}")
+        length = int(line.partition("--max-model-len ")[2].split()[0])
+        assert row(run, larger, max_model_len=length).fits
+        assert not row(run, larger).fits
+    assert row(run, "tpu7x-8").fits
+
+
+@pytest.mark.parametrize(
+    ("name", "topology"),
+    [
+        ("qwen3-8b", "v6e-1"),
+        ("qwen3-30b-a3b", "v5e-8"),
+        ("qwen2.5-7b", "v6e-4"),
+        ("llama3.1-8b", "v6e-4"),
+        ("mistral-7b", "v6e-1"),
+        ("mixtral-8x7b", "v6e-8"),
+        ("gemma3-4b", "v5e-4"),
+        ("gpt-oss-20b", "v6e-4"),
+    ],
+)
+def test_every_family(published: Run, name: str, topology: str) -> None:
+    checkpoint = open_checkpoint(published(name), model_name=name)
+    found = Fitter(checkpoint, "CKPT", Request(), step=0).row(topology)
+    assert found.fits, found.reason
+    # Shapes alone do not tell Llama 3.1 from Llama 3: what the user had to say is said again.
+    assert words(found.line)[-2:] == [
+        "--model-loader-extra-config",
+        json.dumps({"step": 0, "model_name": name}),
+    ]
+    stored = sum(target.nbytes for target in checkpoint.plan.targets.values())
+    held = (found.weight_bytes - found.padding_bytes - found.rotary_bytes) * found.chips
+    # What every device has whole is small, but for repeated KV heads, which are padding.
+    assert held == pytest.approx(stored, rel=0.01)
+
+
+def test_windows_need_no_cache_for_every_token(published: Run) -> None:
+    """Of Gemma 3's layers, 29 of 34 keep 1024 tokens, and those under way."""
+    run = published("gemma3-4b")
+    long, short = (row(run, "v6e-1", max_model_len=length) for length in (131_072, 2048))
+    every_layer = 34 * 2 * 4 * 256 * 2
+    assert short.kv_bytes_per_token > every_layer
+    assert long.kv_bytes_per_token < every_layer / 5
+    most = row(run, "v6e-1", max_model_len=131_072, max_num_seqs=1000)
+    assert most.max_num_seqs == long.kv_tokens // 131_072
+
+
+def test_dimensions_that_are_not_published(published: Run) -> None:
+    """A shape without a published model is answered where a name gives the rest."""
+    dims = metadata_only.published("qwen3-8b", layers=4)
+    run = metadata_only.write(published("qwen3-8b").with_name("cut"), metadata_only.leaves(dims))
+    with pytest.raises(errors.ConfigMismatchError, match="published"):
+        row(run, "v6e-1")
+    checkpoint = open_checkpoint(run, model_name="qwen3-8b")
+    assert Fitter(checkpoint, str(run), Request()).row("v6e-1").fits
+
+
+def test_sinks_without_a_kernel() -> None:
+    case = cases()["gptoss_scanned"]
+    found = Fitter(open_checkpoint(case.items, model_name="gpt-oss-20b"), "CKPT", Request()).row("v6e-1")
+    assert found.reason.startswith("tpu-inference has an attention kernel with sinks for head_dim 64 only")
+    assert found.line is None
 
 
 def test_every_chip_holds_the_vision_tower(published: Run, tmp_path: Path) -> None:
@@ -189,7 +264,7 @@ def test_chips_without_a_kernel_are_refused() -> None:
     [(512, 8, 32), (4096, 8, 256), (8192, 8, 256), (8193, 8, 16), (262_144, 128, 256), (262_144, 256, 512)],
 )
 def test_blocks(length: int, requests: int, block: int) -> None:
-    assert KVCache(1, length, requests).block_size == block
+    assert KVCache(1, (None,), length, requests).block_size == block
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:

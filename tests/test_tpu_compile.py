@@ -23,9 +23,11 @@ from support import tpu_compile
 from support.checkpoints import cases as cases_of_maxtext
 from support.tpu_compile import CASES, QUICK, SMALL
 from vllm_maxtext_loader import open_checkpoint
-from vllm_maxtext_loader.tools import slices
-from vllm_maxtext_loader.tools.fit import DEFAULT_SEQUENCES, DEFAULT_UTILIZATION, Fitter, Request
-from vllm_maxtext_loader.tools.tpu_memory import device_arrays, kv_cache, rotary_bytes
+from vllm_maxtext_loader.tools import serve_defaults, slices
+from vllm_maxtext_loader.tools.fit import Fitter, Request
+from vllm_maxtext_loader.tools.kv_cache import kv_cache
+from vllm_maxtext_loader.tools.text_model import text_model
+from vllm_maxtext_loader.tools.tpu_memory import device_arrays, rotary_bytes
 
 pytestmark = [pytest.mark.engine, pytest.mark.tpu_compile]
 
@@ -96,7 +98,10 @@ def test_compiles(compiled: Compile, name: str) -> None:
             continue
         assert "error" not in found, (topology, found["error"])
         kinds = [program["name"] for program in found["programs"]]
-        assert kinds == ["step", "logits", *(["vision encoder"] if CASES[name].vision else [])]
+        if CASES[name].vision:
+            assert kinds == ["step", "step with embeddings", "logits", "vision encoder"]
+        else:
+            assert kinds == ["step", "logits"]
     assert answer["peak_bytes"] < (11 if CASES[name].vision else 9) << 30
 
 
@@ -126,14 +131,9 @@ def test_arithmetic_of_fit_is_right(compiled: Compile, name: str) -> None:
     """Weights within 1 % of XLA's bytes, and the tokens of KV cache that vLLM plans in as much memory."""
     case, answer = CASES[name], compiled(name)
     checkpoint = open_checkpoint(answer["checkpoint"], model_name=case.model)
-    config, devices = checkpoint.hf_config(), case.tensor_parallel
-    arrays = device_arrays(
-        {key: target.shape for key, target in checkpoint.plan.targets.items()},
-        config,
-        devices,
-        expert_parallel=case.expert_parallel,
-    )
-    weights = sum(array.nbytes for array in arrays) + rotary_bytes(config)
+    model, devices = text_model(checkpoint), case.tensor_parallel
+    arrays = device_arrays(model, devices, expert_parallel=case.expert_parallel)
+    weights = sum(array.nbytes for array in arrays) + rotary_bytes(model)
     assert weights == pytest.approx(answer["bytes_per_device"], rel=0.01)
     for topology, found in accepted(answer).items():
         step = found["programs"][0]
@@ -141,10 +141,8 @@ def test_arithmetic_of_fit_is_right(compiled: Compile, name: str) -> None:
         # The vision tower is not read by the step.
         tower = sum(array.nbytes for array in arrays if "vision" in array.name)
         assert weights - tower == pytest.approx(read, rel=0.01), topology
-    cache = kv_cache(
-        config, devices, max_model_len=SMALL["max_model_len"], max_num_seqs=SMALL["max_num_seqs"]
-    )
-    left = int(devices * case.hbm_bytes * DEFAULT_UTILIZATION - devices * answer["bytes_per_device"])
+    cache = kv_cache(model, devices, **SMALL)
+    left = int(devices * case.hbm_bytes * serve_defaults.UTILIZATION - devices * answer["bytes_per_device"])
     assert cache.tokens(left) == answer["kv_tokens"]
 
 
@@ -230,8 +228,9 @@ def test_defaults_of_fit_are_those_of_vllm_serve_quick() -> None:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.usage.usage_lib import UsageContext
 
-    assert EngineArgs.gpu_memory_utilization == DEFAULT_UTILIZATION
-    assert EngineArgs.get_batch_defaults(1)[1][UsageContext.OPENAI_API_SERVER] == DEFAULT_SEQUENCES
+    assert EngineArgs.gpu_memory_utilization == serve_defaults.UTILIZATION
+    tokens, sequences = (found[UsageContext.OPENAI_API_SERVER] for found in EngineArgs.get_batch_defaults(1))
+    assert (tokens, sequences) == (serve_defaults.BATCHED_TOKENS, serve_defaults.SEQUENCES)
 
 
 @pytest.mark.parametrize(
@@ -241,6 +240,13 @@ def test_defaults_of_fit_are_those_of_vllm_serve_quick() -> None:
         ("26b, all layers", "v6e-8", Request(max_model_len=10_000, max_num_seqs=64, kv_cache_dtype="fp8")),
         ("e2b, all layers", "v6e-1", Request(max_model_len=1000, gpu_memory_utilization=0.7)),
         ("e2b, all layers", "tpu7x-4", Request(tensor_parallel_size=2, max_num_seqs=16)),
+        # Sliding windows: the lengths are longer and shorter than window and tokens under way.
+        ("gemma3-4b, all layers", "v6e-1", Request()),
+        ("gemma3-4b, all layers", "v5e-4", Request(max_model_len=3000, max_num_seqs=64)),
+        ("gemma3-4b TP 8", "v6e-8", Request(max_model_len=20_000, kv_cache_dtype="fp8")),
+        ("gpt-oss-20b TP 8", "v6e-8", Request(max_model_len=10_000)),
+        ("qwen3-30b-a3b TP 8", "v5e-8", Request(max_model_len=10_000)),
+        ("qwen3-8b TP 8", "tpu7x-4", Request()),
     ],
 )
 def test_kv_tokens_are_the_engines(name: str, topology: str, request_: Request, tmp_path: Path) -> None:

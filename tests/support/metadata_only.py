@@ -17,6 +17,27 @@ from vllm_maxtext_loader.families import by_name, find_preset
 PERIOD = 6
 """Layers of a scanned block of Gemma 4: five with a sliding window, then one with full attention."""
 
+GEMMA3_TOWER = {
+    "hidden_size": 1152,
+    "image_size": 896,
+    "intermediate_size": 4304,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 27,
+    "patch_size": 14,
+}
+"""Vision tower of all published Gemma 3. Source: config.json of google/gemma-3-4b-it."""
+
+_TOWERS = {
+    "gemma3": "vision_encoder.Gemma3VisionEncoderLayer_0.",
+    "gemma4": "vision_encoder.Gemma4VisionEncoderLayer_0.",
+}
+_TOWER_LAYERS = {"gemma3": "Transformer.encoderblock_{}.", "gemma4": "layer_{}."}
+_PROJECTORS = {
+    "mm_input_projection.w": "vision_encoder.VisionEmbedder_0.",
+    "mm_soft_embedding_norm.scale": "vision_encoder.VisionEmbedder_0.",
+    "projection.kernel": "vision_encoder.Gemma4VisionProjector_0.",
+}
+
 
 def published(name: str, *, layers: int | None = None, vision: bool = False, **changes: int) -> ModelDims:
     """Dimensions of a published model.
@@ -24,16 +45,19 @@ def published(name: str, *, layers: int | None = None, vision: bool = False, **c
     Args:
         name: MaxText's name of it.
         layers: its first layers only; None means all.
-        vision: with its vision tower (Gemma 4).
+        vision: with its vision tower (Gemma 4 and 3).
         changes: sizes that differ.
     """
-    from transformers import Gemma4Config
+    from transformers import Gemma3Config, Gemma4Config
 
     family, preset = find_preset(name)
     dims = preset.dims
-    if vision:
+    if vision and dims.family == "gemma4":
         record = json.loads((FIXTURES / "published.json").read_text())[name]
         dims = family.from_config(Gemma4Config(**record))
+    elif vision:
+        tower = family.from_config(Gemma3Config(vision_config=GEMMA3_TOWER))
+        dims = dataclasses.replace(dims, sizes={**tower.sizes, **dims.sizes}, tags=dims.tags | tower.tags)
     kept = dims.layers if layers is None else dims.layers[:layers]
     return dataclasses.replace(dims, layers=kept).with_sizes(**changes)
 
@@ -63,9 +87,10 @@ def _placed(
     """The leaf of a row that layer `index` is stored in, with its shape; nothing where another layer gives it."""
     match row.scope:
         case Scope.VISION:
-            return {f"{_vision_prefix(row.leaf)}.{row.leaf}": shape}
+            return {f"{_PROJECTORS.get(row.leaf, _TOWERS[dims.family])}{row.leaf}": shape}
         case Scope.VISION_LAYER:
-            return {f"vision_encoder.Gemma4VisionEncoderLayer_0.layer_{index}.{row.leaf}": shape}
+            layer = _TOWER_LAYERS[dims.family].format(index)
+            return {f"{_TOWERS[dims.family]}{layer}{row.leaf}": shape}
         case Scope.LAYER:
             pass
         case _:
@@ -82,12 +107,6 @@ def _placed(
     if index == PERIOD - 1:
         return {f"decoder.scanned_blocks.global_layer.{row.leaf}": (shape[0], blocks, *shape[1:])}
     return {}
-
-
-def _vision_prefix(leaf: str) -> str:
-    return "vision_encoder." + (
-        "Gemma4VisionProjector_0" if leaf == "projection.kernel" else "Gemma4VisionEncoderLayer_0"
-    )
 
 
 def write(run: Path, shapes: Mapping[str, tuple[int, ...]], *, dtype: str = "bfloat16") -> Path:

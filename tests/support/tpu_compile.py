@@ -22,10 +22,14 @@ SMALL = {"max_model_len": 4096, "max_num_seqs": 8, "max_num_batched_tokens": 256
 HBM = 34_400_000_000
 """Memory of a v6e chip; that an engine is told of each device, where a test does not say."""
 
-IMAGES = {
-    "limit_mm_per_prompt": {"image": 1, "video": 0, "audio": 0},
-    "mm_processor_kwargs": {"max_soft_tokens": 70},
+IMAGES: dict[str, dict[str, Any]] = {
+    "gemma3": {"limit_mm_per_prompt": {"image": 1}},
+    "gemma4": {
+        "limit_mm_per_prompt": {"image": 1, "video": 0, "audio": 0},
+        "mm_processor_kwargs": {"max_soft_tokens": 70},
+    },
 }
+"""By family, arguments for the smallest vision encoder."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +42,7 @@ class Case:
         topologies: libtpu's names.
         tensor_parallel, expert_parallel: as the engine's options.
         vision: with the vision tower.
+        sizes: that differ from the published model's.
         refused: by topology, a part of the compiler's message, where it is known to refuse.
     """
 
@@ -47,6 +52,7 @@ class Case:
     tensor_parallel: int
     expert_parallel: bool = False
     vision: bool = False
+    sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
@@ -58,7 +64,7 @@ class Case:
         """The engine's arguments."""
         return {
             **SMALL,
-            **(IMAGES if self.vision else {}),
+            **(IMAGES[self.model.partition("-")[0]] if self.vision else {}),
             "tensor_parallel_size": self.tensor_parallel,
             "enable_expert_parallel": self.expert_parallel,
             "model_loader_extra_config": {"model_name": self.model},
@@ -66,9 +72,11 @@ class Case:
 
     def write(self, run: Path) -> Path:
         """Its checkpoint: metadata of the published shapes, and no array data."""
-        dims = metadata_only.published(self.model, layers=self.layers, vision=self.vision)
+        dims = metadata_only.published(self.model, layers=self.layers, vision=self.vision, **self.sizes)
         return metadata_only.write(run, metadata_only.leaves(dims))
 
+
+FEW_EXPERTS = {"experts": 16}
 
 CASES: dict[str, Case] = {
     "26b TP 8": Case("gemma4-26b", 6, ("v5e:2x4", "v6e:2x4", "tpu7x:2x2x1"), 8),
@@ -93,8 +101,10 @@ CASES: dict[str, Case] = {
     ),
     "e2b, all layers": Case("gemma4-e2b", None, ("v5e:1x1", "v6e:1x1", "tpu7x:2x2x1"), 1),
     "e4b, all layers": Case("gemma4-e4b", None, ("v5e:2x2", "v6e:2x2"), 4),
+    "e4b with images": Case("gemma4-e4b", None, ("v6e:1x1",), 1, vision=True),
     "gemma3-4b TP 8": Case("gemma3-4b", 12, ("v5e:2x4", "v6e:2x4", "tpu7x:2x2x1"), 8),
     "gemma3-4b TP 4": Case("gemma3-4b", 12, ("v5e:2x2", "v6e:2x2"), 4),
+    "gemma3-4b with images": Case("gemma3-4b", 12, ("v6e:1x1",), 1, vision=True),
     "gemma3-4b, all layers": Case("gemma3-4b", None, ("v5e:1x1", "v6e:1x1", "tpu7x:2x2x1"), 1),
     "qwen3-8b TP 8": Case("qwen3-8b", 4, ("v5e:2x4", "v6e:2x4", "tpu7x:2x2x1"), 8),
     "qwen3-8b TP 4": Case("qwen3-8b", 4, ("v5e:2x2", "v6e:2x2"), 4),
@@ -120,11 +130,12 @@ CASES: dict[str, Case] = {
     "mixtral-8x7b EP 8": Case(
         "mixtral-8x7b", 4, ("v5e:2x4", "v6e:2x4", "tpu7x:2x2x1"), 8, expert_parallel=True
     ),
-    "gpt-oss-20b TP 8": Case("gpt-oss-20b", 2, ("v5e:2x4", "v6e:2x4", "tpu7x:2x2x1"), 8),
-    "gpt-oss-20b TP 4": Case("gpt-oss-20b", 2, ("v5e:2x2", "v6e:2x2"), 4),
-    "gpt-oss-20b TP 1": Case("gpt-oss-20b", 2, ("v6e:1x1", "tpu7x:2x2x1"), 1),
+    # Its experts take the usual way, through torch: fewer of them, for the host's memory.
+    "gpt-oss-20b TP 8": Case("gpt-oss-20b", 4, ("v5e:2x4", "v6e:2x4", "tpu7x:2x2x1"), 8, sizes=FEW_EXPERTS),
+    "gpt-oss-20b TP 4": Case("gpt-oss-20b", 4, ("v5e:2x2", "v6e:2x2"), 4, sizes=FEW_EXPERTS),
+    "gpt-oss-20b TP 1": Case("gpt-oss-20b", 4, ("v6e:1x1", "tpu7x:2x2x1"), 1, sizes=FEW_EXPERTS),
     "gpt-oss-20b EP 8": Case(
-        "gpt-oss-20b", 2, ("v5e:2x4", "v6e:2x4", "tpu7x:2x2x1"), 8, expert_parallel=True
+        "gpt-oss-20b", 4, ("v5e:2x4", "v6e:2x4", "tpu7x:2x2x1"), 8, expert_parallel=True, sizes=FEW_EXPERTS
     ),
 }
 

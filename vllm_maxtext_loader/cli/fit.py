@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any
-from unittest.mock import patch
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vllm_maxtext_loader.cli.runtime import DIFFERENT, console, exit_codes, print_json
 from vllm_maxtext_loader.errors import printable
-from vllm_maxtext_loader.tools.fit import DEFAULT_UTILIZATION
+from vllm_maxtext_loader.tools import serve_defaults
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -58,7 +55,7 @@ def fit(
     gpu_memory_utilization: Annotated[
         float,
         typer.Option("--gpu-memory-utilization", help="Share of the memory for weights and KV cache."),
-    ] = DEFAULT_UTILIZATION,
+    ] = serve_defaults.UTILIZATION,
     kv_cache_dtype: Annotated[
         str, typer.Option("--kv-cache-dtype", metavar="DTYPE", help="auto, bfloat16 or fp8.")
     ] = "auto",
@@ -129,8 +126,7 @@ def fit(
             kv_cache_dtype=kv_cache_dtype,
         )
         opened = open_checkpoint(checkpoint, step=step, model_name=model_name)
-        with _without_torch():
-            fitter = Fitter(opened, checkpoint, request)
+        fitter = Fitter(opened, checkpoint, request, step)
         rows = [fitter.row(name) for name in topology or slices.COMMON]
         if compile_programs:
             rows = _compiled(fitter, opened, rows)
@@ -141,14 +137,6 @@ def fit(
         # Where no length was asked for, a shorter one is as good.
         if not any(row.fits or (max_model_len is None and row.max_model_len) for row in rows):
             raise typer.Exit(DIFFERENT)
-
-
-@contextlib.contextmanager
-def _without_torch() -> Iterator[None]:
-    """Keeps transformers from importing torch and torchvision (seconds), which a configuration does not need."""
-    hidden: Any = dict.fromkeys(("torch", "torchvision"))
-    with patch.dict(sys.modules, {} if "torch" in sys.modules else hidden):
-        yield
 
 
 def _compiled(fitter: Fitter, opened: Checkpoint, rows: list[Row]) -> list[Row]:

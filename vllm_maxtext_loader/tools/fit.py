@@ -8,11 +8,12 @@ Programs live in the rest.
 from __future__ import annotations
 
 import dataclasses
+import json
 import shlex
 from typing import TYPE_CHECKING, Any
 
 from vllm_maxtext_loader.errors import EngineError, OptionError
-from vllm_maxtext_loader.tools import slices
+from vllm_maxtext_loader.tools import serve_defaults, slices
 from vllm_maxtext_loader.tools.kv_cache import KVCache, kv_cache
 from vllm_maxtext_loader.tools.text_model import text_model
 from vllm_maxtext_loader.tools.tpu_memory import DeviceArray, device_arrays, rotary_bytes
@@ -21,12 +22,6 @@ if TYPE_CHECKING:
     from vllm_maxtext_loader.api import Checkpoint
 
 GIB = 1 << 30
-DEFAULT_UTILIZATION = 0.92
-"""vLLM 0.32.0 config/cache.py."""
-
-DEFAULT_SEQUENCES = 256
-"""`vllm serve` on a TPU. Source: vLLM 0.32.0 engine/arg_utils.py, `get_batch_defaults`."""
-
 _KV_ITEMSIZES = {"auto": 2, "bfloat16": 2, "float16": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
 
 _ROUND_LENGTH = 1024
@@ -41,7 +36,7 @@ class Request:
     expert_parallel: bool = False
     max_model_len: int | None = None
     max_num_seqs: int | None = None
-    gpu_memory_utilization: float = DEFAULT_UTILIZATION
+    gpu_memory_utilization: float = serve_defaults.UTILIZATION
     kv_cache_dtype: str = "auto"
 
     def __post_init__(self) -> None:
@@ -104,10 +99,15 @@ class Fitter:
         checkpoint: whose metadata has been read.
         requested: its path as the user wrote it.
         request: what to serve with.
+        step: the training step that the user asked for; None for the newest.
     """
 
-    def __init__(self, checkpoint: Checkpoint, requested: str, request: Request) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, requested: str, request: Request, step: int | None = None
+    ) -> None:
         self.request, self.requested = request, requested
+        named = {"step": step, "model_name": checkpoint.model_name}
+        self._extra_config = {key: value for key, value in named.items() if value is not None}
         self._model = text_model(checkpoint)
         self._has_experts = any(".experts" in name for name in self._model.shapes)
 
@@ -200,7 +200,7 @@ class Fitter:
                 f"{best}"
             )
         tokens = self._cache(devices, length or wanted).tokens(left)
-        most = self.request.max_num_seqs or DEFAULT_SEQUENCES
+        most = self.request.max_num_seqs or serve_defaults.SEQUENCES
         return dataclasses.replace(
             row,
             kv_tokens=tokens,
@@ -230,7 +230,7 @@ class Fitter:
             "tensor_parallel_size": row.tensor_parallel_size,
             "enable_expert_parallel": row.expert_parallel,
             "max_model_len": row.max_model_len,
-            "max_num_seqs": request.max_num_seqs or DEFAULT_SEQUENCES,
+            "max_num_seqs": request.max_num_seqs or serve_defaults.SEQUENCES,
             "gpu_memory_utilization": request.gpu_memory_utilization,
             "kv_cache_dtype": request.kv_cache_dtype,
         }
@@ -271,7 +271,7 @@ class Fitter:
             self._model,
             devices,
             max_model_len=max_model_len,
-            max_num_seqs=self.request.max_num_seqs or DEFAULT_SEQUENCES,
+            max_num_seqs=self.request.max_num_seqs or serve_defaults.SEQUENCES,
             itemsize=_KV_ITEMSIZES[self.request.kv_cache_dtype],
         )
 
@@ -296,10 +296,12 @@ class Fitter:
             words += ["--max-model-len", str(row.max_model_len)]
         if request.max_num_seqs is not None:
             words += ["--max-num-seqs", str(request.max_num_seqs)]
-        if request.gpu_memory_utilization != DEFAULT_UTILIZATION:
+        if request.gpu_memory_utilization != serve_defaults.UTILIZATION:
             words += ["--gpu-memory-utilization", f"{request.gpu_memory_utilization:g}"]
         if request.kv_cache_dtype != "auto":
             words += ["--kv-cache-dtype", request.kv_cache_dtype]
+        if self._extra_config:
+            words += ["--model-loader-extra-config", json.dumps(self._extra_config)]
         return shlex.join(words)
 
 

@@ -13,14 +13,8 @@ import dataclasses
 from collections import Counter
 
 from vllm_maxtext_loader.errors import EngineError
+from vllm_maxtext_loader.tools import serve_defaults
 from vllm_maxtext_loader.tools.text_model import LANES, TextModel, multiple
-
-DEFAULT_BATCHED_TOKENS = 2048
-"""`vllm serve` on a TPU. Source: vLLM 0.32.0 engine/arg_utils.py, `get_batch_defaults`: it knows no TPU by the name
-that tpu-inference 0.32.0 gives."""
-
-_CONCURRENT_BATCHES = 2
-"""With asynchronous scheduling, the default. Source: vLLM 0.32.0 config/vllm.py, `max_concurrent_batches`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +31,7 @@ class KVCache:
     windows: tuple[int | None, ...]
     max_model_len: int
     max_num_seqs: int
-    max_num_batched_tokens: int = DEFAULT_BATCHED_TOKENS
+    max_num_batched_tokens: int = serve_defaults.BATCHED_TOKENS
 
     @property
     def block_size(self) -> int:
@@ -67,7 +61,7 @@ class KVCache:
         if window is None:
             return -(-length // self.block_size)
         # A window may begin inside a block, and tokens under way are kept.
-        kept = window - 1 + _CONCURRENT_BATCHES * self.max_num_batched_tokens
+        kept = window - 1 + serve_defaults.CONCURRENT_BATCHES * self.max_num_batched_tokens
         return -(-min(kept, length) // self.block_size) + 1
 
     def blocks(self, nbytes: int) -> int:
@@ -89,7 +83,7 @@ def kv_cache(
     *,
     max_model_len: int,
     max_num_seqs: int,
-    max_num_batched_tokens: int = DEFAULT_BATCHED_TOKENS,
+    max_num_batched_tokens: int = serve_defaults.BATCHED_TOKENS,
     itemsize: int = 2,
 ) -> KVCache:
     """The KV cache of a model.

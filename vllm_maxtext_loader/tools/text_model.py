@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
+from unittest.mock import patch
 
 from vllm_maxtext_loader import families
 from vllm_maxtext_loader.api import Checkpoint
@@ -96,12 +99,21 @@ def text_model(checkpoint: Checkpoint) -> TextModel:
     dims = checkpoint.trimmed_plan().dims
     if not match_presets(dims):
         # Only published dimensions are known to be expressible.
-        checkpoint.hf_config()
+        with _without_torch():
+            checkpoint.hf_config()
     preset = choose_preset(dims, checkpoint.model_name, checkpoint.plan.where)
     dims = with_config_tags(dims, preset)
     fields = families.by_name(dims.family).config_fields(dims, preset)
     shapes = {name: target.shape for name, target in checkpoint.plan.targets.items()}
     return _of_fields(shapes, dims, fields.get("text_config", fields))
+
+
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+    """Keeps transformers from importing torch and torchvision (seconds), which a configuration does not need."""
+    hidden: Any = dict.fromkeys(("torch", "torchvision"))
+    with patch.dict(sys.modules, {} if "torch" in sys.modules else hidden):
+        yield
 
 
 def _of_fields(

@@ -52,9 +52,7 @@ class DeviceArray:
         if len(self.shape) < 2:
             return math.prod(self.shape) * self.itemsize
         *outer, a, b = self.shape
-        tiled = min(
-            multiple(a, SUBLANES) * multiple(b, LANES), multiple(b, SUBLANES) * multiple(a, LANES)
-        )
+        tiled = min(multiple(a, SUBLANES) * multiple(b, LANES), multiple(b, SUBLANES) * multiple(a, LANES))
         return math.prod(outer) * tiled * self.itemsize
 
     @property

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from vllm_maxtext_loader.tpu.dry_load import DryEngine
 
 
+STEP, STEP_WITH_EMBEDDINGS, LOGITS = "step", "step with embeddings", "logits"
 VISION_ENCODER = "vision encoder"
 
 
@@ -42,7 +43,8 @@ class Program:
     """A compiled program. All bytes are of one device.
 
     Attributes:
-        name: "step" (prefill and decode are one program), "logits", or VISION_ENCODER.
+        name: STEP (prefill and decode are one program), STEP_WITH_EMBEDDINGS (of a batch with images), LOGITS,
+            or VISION_ENCODER.
         shape: what its inputs are padded to ({"num_tokens": 2048, "num_reqs": 128}).
         variants: programs of this kind that tpu-inference compiles at start, for smaller shapes.
         seconds: that the compiler took.
@@ -235,8 +237,8 @@ def _calls(runner: Any) -> dict[str, list[_Call]]:
     """By program, the calls that tpu-inference would compile when it starts, recorded by its own code."""
     wrapper, manager = runner.model, runner.compilation_manager
     makers = {
-        id(runner.model_fn): ("step", wrapper.jit_step_func),
-        id(runner.compute_logits_fn): ("logits", wrapper.jit_compute_logits_func),
+        id(runner.model_fn): (STEP, wrapper.jit_step_func),
+        id(runner.compute_logits_fn): (LOGITS, wrapper.jit_compute_logits_func),
     }
     calls: dict[str, list[_Call]] = {}
 
@@ -246,6 +248,8 @@ def _calls(runner: Any) -> dict[str, list[_Call]]:
         if (found := makers.get(id(function))) is None:
             return
         program, make = found
+        if program == STEP and name.endswith("with embeds"):
+            program = STEP_WITH_EMBEDDINGS
         keywords = dict(call_kwargs or {})
         if "shared_attention_metadata" in rest:
             keywords["shared_attention_metadata"] = rest["shared_attention_metadata"]
@@ -254,6 +258,8 @@ def _calls(runner: Any) -> dict[str, list[_Call]]:
 
     with patch.object(manager, "_run_compilation", record):
         manager._precompile_backbone_text_only()
+        if runner.is_multimodal_model:
+            manager._precompile_backbone_with_inputs_embeds()
         manager._precompile_compute_logits()
     if runner.is_multimodal_model and (encoder := _encoder_call(runner)) is not None:
         calls[VISION_ENCODER] = [encoder]
