@@ -155,8 +155,10 @@ def compiled(engine: dry_load.DryEngine, staging: Any, topology: str) -> dict[st
         found = compile_for(engine, topology)
     except MaxTextLoadError as error:
         return {"error": f"{type(error).__name__}: {error}"}
+    read = {name: engine.state[name] for name in found.programs[0].layouts}
     return {
         "device_kind": found.device_kind,
+        "step_bytes": dry_load.bytes_per_device(read),
         "programs": [dataclasses.asdict(program) for program in found.programs],
         "program_bytes": found.program_bytes,
         "unread": sorted(found.unread),

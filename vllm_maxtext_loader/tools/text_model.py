@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -111,8 +112,12 @@ def text_model(checkpoint: Checkpoint) -> TextModel:
 @contextlib.contextmanager
 def _without_torch() -> Iterator[None]:
     """Keeps transformers from importing torch and torchvision (seconds), which a configuration does not need."""
-    hidden: Any = dict.fromkeys(("torch", "torchvision"))
-    with patch.dict(sys.modules, {} if "torch" in sys.modules else hidden):
+    hidden: Any = {} if "torch" in sys.modules else dict.fromkeys(("torch", "torchvision"))
+    with (
+        patch.dict(sys.modules, hidden),
+        # It would say that PyTorch was not found.
+        patch.dict(os.environ, {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}),
+    ):
         yield
 
 

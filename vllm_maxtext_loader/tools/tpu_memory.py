@@ -186,5 +186,6 @@ def rotary_bytes(model: TextModel) -> int:
             rows = int(rows * rope["factor"])
         elif kind == "yarn":
             rows = int(rope["original_max_position_embeddings"] * rope["factor"])
-        tables.add((int(layer.head_dim * factor), rows, rope["rope_theta"], kind))
-    return sum(multiple(width, LANES) * rows * model.rotary_itemsize for width, rows, *_ in tables)
+        tables.add((rows, int(layer.head_dim * factor), rope["rope_theta"], kind))
+    itemsize = model.rotary_itemsize
+    return sum(DeviceArray("", (rows, width), 0, itemsize).nbytes for rows, width, *_ in tables)
