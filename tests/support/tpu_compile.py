@@ -151,7 +151,7 @@ QUICK = ("26b TP 8",)
 ROWS: list[tuple[str, ...]] = []
 """Rows of the table in docs/compatibility.md; printed at the end of a run."""
 
-COLUMNS = ("engine", "topology", "device", "seconds", "arguments MiB", "temporary MiB", "code MiB")
+COLUMNS = ("engine", "layers", "topology", "device", "seconds", "arguments MiB", "temporary MiB", "code MiB")
 
 
 def run(
@@ -201,21 +201,23 @@ def run(
 
 def note(name: str, answer: dict[str, Any]) -> None:
     """Keeps a row of the table for each topology."""
+    layers = str(CASES[name].layers or "all")
     for topology, found in answer["topologies"].items():
         if "error" in found:
-            ROWS.append((name, topology, "", "", _shortened(found["error"]), "", ""))
+            ROWS.append((name, layers, topology, "", "", _shortened(found["error"]), "", ""))
             continue
         step = found["programs"][0]
         mib = [f"{step[key] / 2**20:.1f}" for key in ("temporary_bytes", "code_bytes")]
         arguments = (step["argument_bytes"] - step["kv_cache_bytes"]) / 2**20
         ROWS.append(
-            (name, topology, found["device_kind"], f"{step['seconds']:.0f}", f"{arguments:.0f}", *mib)
+            (name, layers, topology, found["device_kind"], f"{step['seconds']:.0f}", f"{arguments:.0f}", *mib)
         )
 
 
 def _shortened(error: str) -> str:
     """What the compiler says, without what was asked of it, in a cell of a table."""
-    return error.partition("cannot be compiled: ")[2].replace("|", "/")[:100] or error[:100]
+    said = error.partition("cannot be compiled: ")[2].rpartition("RESOURCE_EXHAUSTED: ")[2] or error
+    return said.partition(" while allocating")[0].replace("|", "/")[:100]
 
 
 def table() -> list[str]:
