@@ -288,6 +288,21 @@ def test_rows_of_json(published: Run) -> None:
     assert {found["program_bytes"] for found in rows} == {None}
 
 
+def test_answers_without_what_takes_seconds_to_import(published: Run) -> None:
+    code = (
+        "import sys; from vllm_maxtext_loader.cli.app import main\n"
+        "try: main()\n"
+        "finally: print(*(m for m in ('torch', 'transformers', 'jax.experimental.pallas') if m in sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "fit", str(published("gemma4-26b")), "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1] == ""
+
+
 def test_exit_codes_and_the_table(published: Run) -> None:
     run = str(published("gemma4-31b"))
     short = command(run, "--topology", "v6e-4", "--max-model-len", "8192")
