@@ -208,10 +208,14 @@ def test_what_no_slice_of_a_kind_holds(published: Run) -> None:
 
 
 def test_heads_that_cannot_be_spread(published: Run) -> None:
-    found = row(published("gemma4-e2b"), "v6e-16")
-    assert not found.fits
-    assert found.reason == "8 attention heads cannot be spread over 16 devices"
-    assert found.line is None
+    for name, topology, smaller in (("gemma4-e2b", "v6e-16", "v6e-8"), ("qwen2.5-7b", "v5e-8", "v5e-4")):
+        found = row(published(name), topology)
+        assert not found.fits
+        heads, devices = {"gemma4-e2b": (8, 16), "qwen2.5-7b": (28, 8)}[name]
+        assert found.reason == f"{heads} attention heads cannot be spread over {devices} devices"
+        assert found.line is not None
+        assert found.line.endswith(f"# on {smaller}")
+        assert row(published(name), smaller).fits
 
 
 def test_tensor_parallel_beyond_the_slice(published: Run) -> None:

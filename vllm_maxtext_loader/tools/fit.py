@@ -129,7 +129,7 @@ class Fitter:
         best = next((option for option in working if option.fits), working[0] if working else None)
         if best is not None:
             return dataclasses.replace(row, line=self._line(best))
-        return dataclasses.replace(row, line=self._larger(chosen))
+        return dataclasses.replace(row, line=self._elsewhere(chosen))
 
     def _as_asked(self, chosen: slices.Slice, expert_parallel: bool) -> Row:
         request = self.request
@@ -275,11 +275,14 @@ class Fitter:
             itemsize=_KV_ITEMSIZES[self.request.kv_cache_dtype],
         )
 
-    def _larger(self, chosen: slices.Slice) -> str | None:
-        """The command for the smallest larger slice of the same generation that would do, after its name."""
+    def _elsewhere(self, chosen: slices.Slice) -> str | None:
+        """The command for another slice of the same generation that would do, after its name.
+
+        The smallest larger one, for memory; else the largest smaller one, for heads that cannot be spread so wide.
+        """
         if self.request.tensor_parallel_size is not None:
             return None
-        for name in slices.larger(chosen):
+        for name in (*slices.larger(chosen), *slices.smaller(chosen)):
             row = self._as_asked(slices.parse(name), self.request.expert_parallel)
             if row.max_model_len:
                 return f"{self._line(row)}  # on {name}"

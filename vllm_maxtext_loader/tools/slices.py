@@ -81,9 +81,19 @@ def parse(name: str) -> Slice:
 
 def larger(found: Slice) -> list[str]:
     """Names of the slices of the same generation with more chips, smallest first."""
+    return [name for chips, name in _same_generation(found) if chips > found.chips]
+
+
+def smaller(found: Slice) -> list[str]:
+    """Names of the slices of the same generation with fewer chips, largest first."""
+    return [name for chips, name in reversed(_same_generation(found)) if chips < found.chips]
+
+
+def _same_generation(found: Slice) -> list[tuple[int, str]]:
+    """Chips and names of all slices of a generation, smallest first."""
     counts = _GRIDS[2 if found.generation in _FLAT else 3]
     factor = 2 if found.generation == "v5p" else 1
-    return [f"{found.generation}-{chips * factor}" for chips in counts if chips > found.chips]
+    return [(chips, f"{found.generation}-{chips * factor}") for chips in counts]
 
 
 def _hbm_bytes(name: str, version: str) -> int:
