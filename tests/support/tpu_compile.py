@@ -145,7 +145,7 @@ CASES: dict[str, Case] = {
     ),
 }
 
-QUICK = ("26b TP 8",)
+QUICK = ("26b TP 8", "qwen3-8b TP 4", "gpt-oss-20b TP 4")
 """What CI compiles; everything else is compiled by `pytest -m tpu_compile`."""
 
 ROWS: list[tuple[str, ...]] = []

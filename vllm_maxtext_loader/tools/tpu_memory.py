@@ -49,9 +49,10 @@ class DeviceArray:
     @property
     def nbytes(self) -> int:
         """Bytes in the device's memory, with tiles. XLA orders the last two axes so that they take fewest."""
-        if len(self.shape) < 2:
-            return math.prod(self.shape) * self.itemsize
-        *outer, a, b = self.shape
+        shape = [length for length in self.shape if length > 1]
+        if len(shape) < 2:
+            return math.prod(shape) * self.itemsize
+        *outer, a, b = shape
         tiled = min(multiple(a, SUBLANES) * multiple(b, LANES), multiple(b, SUBLANES) * multiple(a, LANES))
         return math.prod(outer) * tiled * self.itemsize
 
