@@ -18,8 +18,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "moe_v2": {"tensor_parallel_size": 2},
     "moe_axis0": {"tensor_parallel_size": 4, "enable_expert_parallel": True},
     "e2b": {"tensor_parallel_size": 1},
+    # Biases: most of it takes the usual way.
+    "gptoss_scanned": {"tensor_parallel_size": 2},
 }
-NAMES = {"moe_v2": "gemma4-26b", "moe_axis0": "gemma4-26b", "e2b": "gemma4-e2b"}
+NAMES = {
+    "moe_v2": "gemma4-26b",
+    "moe_axis0": "gemma4-26b",
+    "e2b": "gemma4-e2b",
+    "gptoss_scanned": "gpt-oss-20b",
+}
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -32,7 +39,7 @@ def test_arrays_are_those_of_a_load(name: str, tmp_path: Path) -> None:
     items = cases()[name].items
     loaded = tpu_compile.run(items, tmp_path / "loaded", arguments=arguments, load=True)
     dry = tpu_compile.run(items, tmp_path / "dry", arguments=arguments)
-    assert len(loaded["state"]) > 50
+    assert len(loaded["state"]) > 40
     assert dry["state"] == loaded["state"]
 
 

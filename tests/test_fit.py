@@ -180,6 +180,17 @@ def test_dimensions_that_are_not_published(published: Run) -> None:
     assert Fitter(checkpoint, str(run), Request()).row("v6e-1").fits
 
 
+def test_experts_that_only_some_chips_can_spread_whole(published: Run) -> None:
+    """A row of 2880 values is no multiple of 128, which the SparseCores' kernel wants; v5e has none."""
+    run = published("gpt-oss-20b")
+    refused = row(run, "v6e-8", expert_parallel=True)
+    assert refused.reason.startswith("--enable-expert-parallel: tpu-inference has no kernel")
+    assert refused.line is None
+    assert "--enable-expert-parallel" not in words(row(run, "v6e-8").line)
+    assert row(run, "v5e-8", expert_parallel=True).fits
+    assert "--enable-expert-parallel" in words(row(run, "v5e-8").line)
+
+
 def test_sinks_without_a_kernel() -> None:
     case = cases()["gptoss_scanned"]
     found = Fitter(open_checkpoint(case.items, model_name="gpt-oss-20b"), "CKPT", Request()).row("v6e-1")

@@ -109,7 +109,6 @@ class Fitter:
         named = {"step": step, "model_name": checkpoint.model_name}
         self._extra_config = {key: value for key, value in named.items() if value is not None}
         self._model = text_model(checkpoint)
-        self._has_experts = any(".experts" in name for name in self._model.shapes)
 
     def row(self, name: str) -> Row:
         """A slice, by its name, as asked; with the command that would work.
@@ -120,7 +119,7 @@ class Fitter:
         chosen = slices.parse(name)
         row = self._as_asked(chosen, self.request.expert_parallel)
         options = [row]
-        if self._has_experts and not row.expert_parallel and row.tensor_parallel_size > 1:
+        if self._model.has_experts and not row.expert_parallel and row.tensor_parallel_size > 1:
             spread = self._as_asked(chosen, True)
             if spread.max_model_len and (not row.fits or spread.weight_bytes < row.weight_bytes):
                 options.insert(0, spread)
@@ -157,7 +156,7 @@ class Fitter:
                 raise EngineError(
                     f"--tensor-parallel-size {devices}: {chosen.name} has {chosen.devices} devices"
                 )
-            self._model.check(devices)
+            self._model.check(devices, expert_parallel=expert_parallel, sparse_core=chosen.has_sparse_core)
             arrays = self._arrays(devices, expert_parallel)
             cache = self._cache(devices, wanted)
         except EngineError as error:

@@ -35,6 +35,7 @@ class Slice:
         chips, devices: how many; devices are JAX's.
         topology: libtpu's name.
         hbm_bytes: memory of one chip.
+        has_sparse_core: whether a chip has SparseCores.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Slice:
     devices: int
     topology: str
     hbm_bytes: int
+    has_sparse_core: bool
 
     @property
     def devices_per_chip(self) -> int:
@@ -76,7 +78,8 @@ def parse(name: str) -> Slice:
             )
     count = math.prod(map(int, grid.split("x")))
     devices = count * _DEVICES_PER_CHIP.get(version, 1)
-    return Slice(name, generation, count, devices, f"{generation}:{grid}", _hbm_bytes(name, version))
+    hbm_bytes, has_sparse_core = _chip(name, version)
+    return Slice(name, generation, count, devices, f"{generation}:{grid}", hbm_bytes, has_sparse_core)
 
 
 def larger(found: Slice) -> list[str]:
@@ -96,8 +99,8 @@ def _same_generation(found: Slice) -> list[tuple[int, str]]:
     return [(chips, f"{found.generation}-{chips * factor}") for chips in counts]
 
 
-def _hbm_bytes(name: str, version: str) -> int:
-    """Memory of a chip, from JAX's table of TPUs."""
+def _chip(name: str, version: str) -> tuple[int, bool]:
+    """Memory of a chip, and whether it has SparseCores, from JAX's table of TPUs."""
     try:
         # The public way, jax.experimental.pallas.tpu, imports all of Pallas.
         from jax._src import tpu_info as tpu
@@ -117,5 +120,6 @@ def _hbm_bytes(name: str, version: str) -> int:
             f"Use v5e, v5p, v6e or tpu7x."
         )
     chip = known[version]
-    # JAX gives what one core has.
-    return tpu.get_tpu_info_for_chip(chip, 1).hbm_capacity_bytes * chip.num_physical_tensor_cores_per_chip
+    core = tpu.get_tpu_info_for_chip(chip, 1)
+    hbm_bytes = core.hbm_capacity_bytes * chip.num_physical_tensor_cores_per_chip
+    return hbm_bytes, core.sparse_core is not None

@@ -65,14 +65,21 @@ class TextModel:
         """Layers with keys and values of their own."""
         return tuple(layer for layer in self.layers if layer.kv_heads)
 
-    def check(self, devices: int) -> None:
+    @property
+    def has_experts(self) -> bool:
+        """Whether there are routed experts."""
+        return any(".experts" in name for name in self.shapes)
+
+    def check(self, devices: int, *, expert_parallel: bool, sparse_core: bool) -> None:
         """Refuses what vLLM or tpu-inference would refuse after a load.
 
         Args:
             devices: tensor parallel size.
+            expert_parallel: whether routed experts are spread whole.
+            sparse_core: whether the chip has SparseCores.
 
         Raises:
-            EngineError: attention heads cannot be spread, or there is no attention kernel.
+            EngineError: attention heads cannot be spread, or there is no kernel.
         """
         if self.heads % devices:
             # vLLM 0.32.0 config/model.py, verify_with_parallel_config.
@@ -87,6 +94,12 @@ class TextModel:
             raise EngineError(
                 f"tpu-inference has an attention kernel with sinks for head_dim 64 only, not for "
                 f"{', '.join(map(str, others))}"
+            )
+        # tpu-inference 0.32.0 kernels/sparse_core/ragged_gather_v2.py; without SparseCores XLA gathers.
+        if expert_parallel and devices > 1 and self.has_experts and sparse_core and self.hidden % LANES:
+            raise EngineError(
+                f"--enable-expert-parallel: tpu-inference has no kernel that gathers tokens of {self.hidden} "
+                f"values, no multiple of {LANES}, on this chip; tensor parallelism needs none"
             )
 
 
