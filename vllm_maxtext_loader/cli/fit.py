@@ -104,7 +104,7 @@ def fit(
       weight_bytes           weights with padding and rotary tables
       padding_bytes          of these, padding
       program_bytes          code and temporaries; null without --compile
-      kv_bytes_per_token     of the KV cache
+      kv_bytes_per_token     of the KV cache, in the longest request
       kv_tokens              tokens that it holds
       max_model_len          length to serve with: the one asked for, or the
                              longest that fits

@@ -59,7 +59,7 @@ class Row:
         weight_bytes: weights with padding and rotary tables.
         padding_bytes, rotary_bytes: of these.
         program_bytes: code and temporaries of programs; None until they were compiled.
-        kv_bytes_per_token: of the KV cache.
+        kv_bytes_per_token: of the KV cache, in a request of `max_model_len` tokens.
         kv_tokens: that the KV cache holds.
         max_model_len: length to serve with: as asked where that fits, else the longest that fits; 0 where
             none does.
@@ -198,10 +198,12 @@ class Fitter:
                 f"{_gib(left * per_chip / devices)} are left next to {_gib(row.weight_bytes)} of weights; "
                 f"{best}"
             )
-        tokens = self._cache(devices, length or wanted).tokens(left)
+        cache = self._cache(devices, length or wanted)
+        tokens = cache.tokens(left)
         most = self.request.max_num_seqs or serve_defaults.SEQUENCES
         return dataclasses.replace(
             row,
+            kv_bytes_per_token=cache.bytes_per_token * per_chip // devices,
             kv_tokens=tokens,
             max_model_len=length,
             max_num_seqs=min(most, tokens // length) if length else 0,
