@@ -267,7 +267,7 @@ def test_defaults_of_fit_are_those_of_vllm_serve_quick() -> None:
         ("e2b, all layers", "v6e-1", Request(max_model_len=1000, gpu_memory_utilization=0.7)),
         ("e2b, all layers", "tpu7x-4", Request(tensor_parallel_size=2, max_num_seqs=16)),
         # Sliding windows: the lengths are longer and shorter than window and tokens under way.
-        ("gemma3-4b, all layers", "v6e-1", Request()),
+        pytest.param("gemma3-4b, all layers", "v6e-1", Request(), id="gemma3-4b quick"),
         ("gemma3-4b, all layers", "v5e-4", Request(max_model_len=3000, max_num_seqs=64)),
         ("gemma3-4b TP 8", "v6e-8", Request(max_model_len=20_000, kv_cache_dtype="fp8")),
         ("gpt-oss-20b TP 8", "v6e-8", Request(max_model_len=10_000)),
@@ -277,14 +277,18 @@ def test_defaults_of_fit_are_those_of_vllm_serve_quick() -> None:
 )
 def test_kv_tokens_are_the_engines(name: str, topology: str, request_: Request, tmp_path: Path) -> None:
     """At lengths and numbers of requests that make other block sizes; the engine is told the same memory."""
-    run = CASES[name].write(tmp_path / "run")
-    fitter = Fitter(open_checkpoint(run), str(run), request_)
+    case = CASES[name]
+    run = case.write(tmp_path / "run")
+    fitter = Fitter(open_checkpoint(run, model_name=case.model), str(run), request_)
     row, chosen = fitter.row(topology), slices.parse(topology)
     per_chip = min(chosen.devices_per_chip, row.tensor_parallel_size)
     answer = tpu_compile.run(
         run,
         tmp_path / "engine",
-        arguments=fitter.engine_arguments(row),
+        arguments={
+            **fitter.engine_arguments(row),
+            "model_loader_extra_config": {"model_name": case.model},
+        },
         hbm_bytes=chosen.hbm_bytes // chosen.devices_per_chip,
         used_bytes=row.weight_bytes // per_chip,
     )

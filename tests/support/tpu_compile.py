@@ -133,8 +133,14 @@ CASES: dict[str, Case] = {
     "mistral-7b TP 1": Case("mistral-7b", 4, ("v6e:1x1",), 1),
     "mixtral-8x7b TP 8": Case("mixtral-8x7b", 4, ("v5e:2x4", "v6e:2x4", "tpu7x:2x2x1"), 8),
     "mixtral-8x7b TP 4": Case("mixtral-8x7b", 4, ("v5e:2x2", "v6e:2x2"), 4),
-    "mixtral-8x7b TP 1": Case("mixtral-8x7b", 2, ("v6e:1x1", "tpu7x:2x2x1"), 1),
-    # An expert whole on a device: tpu-inference 0.32 chooses tiles that are larger than these chips' VMEM.
+    # Experts of full width on a device: tpu-inference 0.32 chooses tiles that are larger than these chips' VMEM.
+    "mixtral-8x7b TP 1": Case(
+        "mixtral-8x7b",
+        2,
+        ("v6e:1x1", "tpu7x:2x2x1"),
+        1,
+        refused={"v6e:1x1": "Ran out of memory in memory space vmem"},
+    ),
     "mixtral-8x7b EP 8": Case(
         "mixtral-8x7b",
         4,
@@ -159,7 +165,7 @@ CASES: dict[str, Case] = {
     ),
 }
 
-QUICK = ("26b TP 8", "qwen3-8b TP 4", "gpt-oss-20b TP 4")
+QUICK = ("26b TP 8", "qwen3-8b TP 4")
 """What CI compiles; everything else is compiled by `pytest -m tpu_compile`."""
 
 ROWS: list[tuple[str, ...]] = []
