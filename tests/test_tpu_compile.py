@@ -56,6 +56,9 @@ RELAID = (
     "model.embedding.weight",
     "lm_head.weight",
     "cos_sin_cache",
+    # Of Gemma 3's vision tower.
+    "mlp.fc2.weight",
+    "patch_embedding.weight",
 )
 """Weights whose share per device may be no multiple of a tile: XLA then prefers another order of axes.
 
