@@ -22,7 +22,8 @@ class Request:
 
     Attributes:
         method: HTTP method.
-        kind: "list", "stat" (an object's or a bucket's properties), "read" (an object's bytes) or "other".
+        kind: "list", "stat" (an object's or a bucket's properties), "read" (an object's bytes), "write" (an upload, or a
+            part of one), "delete" (of an object or an upload) or "other".
         name: bucket/object; for a listing, bucket/prefix.
         span: the Range header, "" where there is none.
         status: HTTP status of the answer; 0 where the connection was broken instead.
@@ -176,6 +177,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length") or 0)
         body = self.rfile.read(length) if length else None
         kind, name = classify(self.path)
+        kind = "delete" if self.command == "DELETE" else kind
         with owner.lock:
             fault = next((fault for fault in owner.faults if fault.takes(f"{kind} {name}")), None) or Fault(
                 ""
@@ -258,6 +260,8 @@ def classify(target: str) -> tuple[str, str]:
     if not match:
         return "other", path
     bucket, key = match.group(1), match.group(2)
+    if path.startswith("/upload/"):
+        return "write", f"{bucket}/{query.get('name', [''])[0]}"
     if key is None and path.endswith("/o"):
         return "list", f"{bucket}/{query.get('prefix', [''])[0]}"
     kind = "read" if query.get("alt") == ["media"] else "stat"

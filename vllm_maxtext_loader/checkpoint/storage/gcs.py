@@ -1,4 +1,4 @@
-"""Listings, look-ups and metadata files in a bucket, by gcsfs.
+"""Listings, look-ups, metadata files and byte ranges in a bucket, by gcsfs; `upload` writes with it.
 
 Every request is bounded in time and repeated where that can help; a repetition is logged with the object's
 path. TensorStore reads the arrays (see `storage`); here are the few small files around them.
@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import base64
 import functools
+import io
 import json
 import math
 import os
 import random
 import re
+import threading
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
@@ -38,7 +40,8 @@ if TYPE_CHECKING:
 _ATTEMPTS_IN_LIMIT = 3
 """A request that hangs is given up after this fraction of the limit, so that it can be repeated within it."""
 
-_SCOPE = "https://www.googleapis.com/auth/devstorage.read_only"
+_READ = "https://www.googleapis.com/auth/devstorage.read_only"
+_WRITE = "https://www.googleapis.com/auth/devstorage.read_write"
 
 BUCKET_NAMING = (
     "Bucket names must have 3 to 63 characters (with dots up to 222): lower-case letters, digits, dots, hyphens and "
@@ -129,6 +132,35 @@ def list_sizes(url: str, most: int) -> dict[str, int] | None:
     return None
 
 
+def list_objects(url: str, most: int | None = None) -> dict[str, dict[str, Any]]:
+    """Size, generation and metadata of every object below a "directory", by path relative to it.
+
+    Args:
+        url: the directory.
+        most: objects after which to stop; None means all.
+
+    Raises:
+        CheckpointNotFoundError: there is no such bucket.
+        StorageError: it cannot be listed.
+    """
+    _, path = split(url)
+    prefix = f"{path}/" if path else ""
+    found: dict[str, dict[str, Any]] = {}
+    page: str | None = None
+    while True:
+        listing = _list_page(
+            url,
+            prefix=prefix or None,
+            fields="items(name,size,generation,metadata),nextPageToken",
+            maxResults=most,
+            pageToken=page,
+        )
+        found |= {item["name"].removeprefix(prefix): item for item in listing.get("items", ())}
+        page = listing.get("nextPageToken")
+        if not page or (most is not None and len(found) >= most):
+            return found
+
+
 def _list_page(url: str, **params: Any) -> dict[str, Any]:
     """One page of a listing: one request."""
     bucket, _ = split(url)
@@ -175,20 +207,61 @@ def read_object(url: str) -> bytes:
     return _get("read", url, "b/{}/o/{}", *split(url), alt="media")
 
 
+def read_range(url: str, start: int, stop: int) -> bytes:
+    """Bytes of an object: one request.
+
+    Args:
+        url: the object.
+        start, stop: first byte, and end; fewer bytes come back where the object is shorter.
+
+    Raises:
+        FileNotFoundError: there is no such object.
+        StorageError: the storage refuses or does not answer.
+    """
+    headers = {"Range": f"bytes={start}-{stop - 1}"}
+    _, body = request(
+        "GET", f"read bytes {start} to {stop} of", url, "b/{}/o/{}", *split(url), headers=headers, alt="media"
+    )
+    return body
+
+
 def user_project() -> str | None:
     """The project that is billed where the reader of a bucket pays; None where none is named."""
     return os.environ.get(USER_PROJECT_VARIABLE) or None
 
 
 def _get(what: str, url: str, path: str, *args: str, **params: Any) -> bytes:
-    """The answer's body to a request about `url`, repeated within the limit where its failure may pass.
+    """The body of the answer to a GET; see `request`."""
+    return request("GET", what, url, path, *args, **params)[1]
+
+
+def request(
+    method: str,
+    what: str,
+    url: str,
+    path: str,
+    *args: str,
+    write: bool = False,
+    stop: threading.Event | None = None,
+    **params: Any,
+) -> Answer:
+    """Headers and body of the answer to a request about `url`, repeated within the limit where its failure may pass.
 
     Args:
+        method: HTTP method.
         what: what is being done, for messages.
         url: what it is done with.
-        path: below the JSON interface's root, a pair of braces for each of `args`.
+        path: below the JSON interface's root, or below the endpoint if it begins with a slash; a pair of braces for
+            each of `args`.
         args: parts of the path, quoted by gcsfs.
-        params: query; None means left out.
+        write: whether the account needs to be allowed to write.
+        stop: no further attempt is made once it is set.
+        params: `headers`, `data` and `json`; all others are the query; None means left out.
+
+    Raises:
+        FileNotFoundError: there is no such object, bucket or upload.
+        FileExistsError: a condition on the object's generation was not met.
+        StorageError: the storage refuses or does not answer.
     """
     params["userProject"] = user_project()
     limit = no_progress_seconds()
@@ -197,19 +270,34 @@ def _get(what: str, url: str, path: str, *args: str, **params: Any) -> bytes:
     deadline = time.monotonic() + backoff.total
     # The pauses are random parts of these, so that many hosts do not ask at the same moment.
     pause = 4 * backoff.initial
+    stop = stop or threading.Event()
     while True:
         try:
             emulated = bool(os.environ.get("STORAGE_EMULATOR_HOST"))
-            return _client(os.getpid(), emulated, timeout).get(path, *args, **params)
+            client = _client(os.getpid(), emulated, timeout, _WRITE if write else _READ)
+            return client.call(method, path, *args, **params)
         except RequestError as error:
             if error.status == 404:
                 raise FileNotFoundError(url) from error
+            if error.status == 412:
+                raise FileExistsError(url) from error
             wait = random.uniform(0, pause)
-            if not error.failure.may_pass or time.monotonic() + wait > deadline:
-                raise to_storage_error(f"cannot {what} {url}", error) from error
+            if not error.failure.may_pass or time.monotonic() + wait > deadline or stop.is_set():
+                raise to_storage_error(f"cannot {what} {url}", _for_writing(error) if write else error) from error
             retry_warning(url, f"cannot {what}: {error}")
-        time.sleep(wait)
+        stop.wait(wait)
         pause = min(2 * pause, backoff.longest)
+
+
+def _for_writing(error: RequestError) -> RequestError:
+    """The same error, with the permissions that a writer needs in its advice."""
+    if error.failure is Failure.BUCKET_ACCESS:
+        return RequestError(str(error), Failure.BUCKET_WRITE, error.status)
+    return error
+
+
+Answer = tuple[Mapping[str, str], bytes]
+"""Headers and body."""
 
 
 class _Client:
@@ -222,9 +310,10 @@ class _Client:
     Args:
         emulated: whether an emulator is asked, which needs no credentials.
         timeout: seconds without a byte after which a request is given up.
+        scope: OAuth scope of its token.
     """
 
-    def __init__(self, emulated: bool, timeout: float) -> None:
+    def __init__(self, emulated: bool, timeout: float, scope: str) -> None:
         import aiohttp
         import google.auth.transport.requests
 
@@ -233,7 +322,7 @@ class _Client:
 
         self._timeout = timeout
         self._authorization: dict[str, str] = {}
-        self._credentials = None if emulated else _credentials()
+        self._credentials = None if emulated else _credentials(scope)
         # Tokens are refreshed here, not by gcsfs: in the caller's thread and within the time limit.
         request = google.auth.transport.requests.Request()
         self._refresh = functools.partial(request, timeout=math.ceil(timeout))
@@ -243,14 +332,18 @@ class _Client:
             use_listings_cache=False,
             skip_instance_cache=True,
             # None would mean aiohttp's total of five minutes: a limit on slow downloads, not on stalled ones.
+            # What is sent has a total: aiohttp does not notice a peer that takes no more bytes.
             requests_timeout=aiohttp.ClientTimeout(
-                total=None, connect=timeout, sock_connect=timeout, sock_read=timeout
+                total=_ATTEMPTS_IN_LIMIT * timeout if scope == _WRITE else None,
+                connect=timeout,
+                sock_connect=timeout,
+                sock_read=timeout,
             ),
             session_kwargs={"trust_env": True, "middlewares": (self._check,)},
         )
 
-    def get(self, path: str, *args: str, **params: Any) -> bytes:
-        """The body of the answer to one request.
+    def call(self, method: str, path: str, *args: str, **params: Any) -> Answer:
+        """Headers and body of the answer to one request; see `request`.
 
         Raises:
             RequestError: it failed.
@@ -260,15 +353,19 @@ class _Client:
         if self._credentials is not None:
             headers: dict[str, str] = {}
             try:
-                self._credentials.before_request(self._refresh, "GET", self._fs.base, headers)
+                self._credentials.before_request(self._refresh, method, self._fs.base, headers)
             except TransportError as error:
                 raise RequestError(f"no token: {error}", Failure.UNREACHABLE) from error
             except GoogleAuthError as error:
                 failure = Failure.OVERLOADED if error.retryable else Failure.BUCKET_ACCESS
                 raise RequestError(f"no token: {error}", failure) from error
             self._authorization = headers
-        answer = cast("tuple[Mapping[str, str], bytes]", self._fs.call("GET", path, *args, **params))
-        return answer[1]
+        if path.startswith("/"):
+            path = self._fs.base.removesuffix("/storage/v1/") + path
+        if (data := params.get("data")) is not None:
+            # aiohttp warns of a large body that is bytes.
+            params["data"] = io.BytesIO(data)
+        return cast("Answer", self._fs.call(method, path, *args, **params))
 
     async def _check(
         self, request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
@@ -294,23 +391,26 @@ class _Client:
             raise RequestError(_reason_of(error), Failure.UNREACHABLE) from error
         if response.status >= 400:
             raise _refusal(response.status, body)
-        _compare_checksum(body, response.headers)
+        # The checksum is the object's: not that of a range, nor of the answer to an upload.
+        if request.method == "GET" and response.status != 206:
+            _compare_checksum(body, response.headers)
         return response
 
 
 @functools.cache
-def _client(pid: int, emulated: bool, timeout: float) -> _Client:
-    """One client per process: credentials are looked up once, and gcsfs's event loop does not survive a fork.
+def _client(pid: int, emulated: bool, timeout: float, scope: str) -> _Client:
+    """One client per process and scope: credentials are looked up once, and gcsfs's event loop does not survive a fork.
 
     Args:
         pid: the process.
         emulated: see `_Client`.
         timeout: see `_Client`.
+        scope: see `_Client`.
     """
-    return _Client(emulated, timeout)
+    return _Client(emulated, timeout, scope)
 
 
-def _credentials() -> Any:
+def _credentials(scope: str) -> Any:
     """Application Default Credentials; None where there are none: public buckets can still be read.
 
     Raises:
@@ -320,7 +420,7 @@ def _credentials() -> Any:
     from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError
 
     try:
-        return google.auth.default(scopes=[_SCOPE])[0]
+        return google.auth.default(scopes=[scope])[0]
     except (GoogleAuthError, OSError, ValueError) as error:
         if isinstance(error, DefaultCredentialsError) and not os.environ.get(
             "GOOGLE_APPLICATION_CREDENTIALS"

@@ -74,6 +74,11 @@ class Failure(enum.Enum):
         "`gcloud auth application-default login`, a service account on the VM, or "
         "GOOGLE_APPLICATION_CREDENTIALS=key.json."
     )
+    BUCKET_WRITE = (
+        "Give the account storage.objects.create, storage.objects.delete, storage.objects.get and storage.objects.list "
+        "on the bucket (roles/storage.objectUser): `gcloud auth application-default login`, a service account on the "
+        "VM, or GOOGLE_APPLICATION_CREDENTIALS=key.json."
+    )
     FILE_ACCESS = "Make the files, and every directory above them, readable for the user this runs as."
     PERIMETER = (
         "The bucket lies in a VPC Service Controls perimeter: run inside the perimeter, or ask its "
@@ -213,7 +218,7 @@ def to_storage_error(what: str, error: BaseException) -> StorageError:
 
 _SECRETS: tuple[tuple[str, str], ...] = (
     (
-        r"(?i)\b(X-Goog-[A-Za-z-]+|Signature|GoogleAccessId|[a-z]*_?token|client_secret|(?<=[?&])key)(=|%3D)[^&\s\"']+",
+        r"(?i)\b(X-Goog-[A-Za-z-]+|Signature|GoogleAccessId|upload_id|[a-z]*_?token|client_secret|(?<=[?&])key)(=|%3D)[^&\s\"']+",
         r"\1\2…",
     ),
     (r"(?i)\"(private_key|client_secret|[a-z]*_?token)\"\s*:\s*\"[^\"]*\"", r'"\1": "…"'),
