@@ -21,15 +21,16 @@ import torch
 import transformers
 
 import vllm_maxtext_loader.huggingface.safetensors_files as files_module
-import vllm_maxtext_loader.tools.export as export_module
+import vllm_maxtext_loader.tools.export_disk as export_module
 from support.checkpoints import EXPORT_ONLY, Tree, cases, servable
 from vllm_maxtext_loader import MaxTextLoadError, open_checkpoint
 from vllm_maxtext_loader.cli.runtime import sigterm_raises
 from vllm_maxtext_loader.dtypes import BFLOAT16
 from vllm_maxtext_loader.errors import ConfigMismatchError, HuggingFaceDirectoryError, ReadError
 from vllm_maxtext_loader.huggingface.directory import read_hf_directory
-from vllm_maxtext_loader.huggingface.safetensors_files import create_file
-from vllm_maxtext_loader.tools.export import export, parse_size, split
+from vllm_maxtext_loader.huggingface.safetensors_files import create_file, file_layout
+from vllm_maxtext_loader.tools.export import export, parse_size
+from vllm_maxtext_loader.tools.export_layout import split
 from vllm_maxtext_loader.tools.verify import verify
 
 Twin = Callable[[str], Path]
@@ -231,8 +232,6 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     for out in (tmp_path, tmp_path / "file"):
         with pytest.raises(HuggingFaceDirectoryError, match="nothing is overwritten"):
             export(open_checkpoint(case.items), out, config=case.twin_config)
-    with pytest.raises(HuggingFaceDirectoryError, match="must be a local directory"):
-        export(open_checkpoint(case.items), "gs://bucket/out", config=case.twin_config)
     (tmp_path / "empty").mkdir()
     assert (
         export(open_checkpoint(case.items), tmp_path / "empty", config=case.twin_config).path.name == "empty"
@@ -398,7 +397,7 @@ def test_files_hold_layer_after_layer() -> None:
 def test_mixed_dtypes_are_aligned(tmp_path: Path) -> None:
     bfloat16 = BFLOAT16
     tensors = [("a", (3,), bfloat16), ("b", (2, 2), np.dtype(np.float32)), ("c", (1,), np.dtype(np.float16))]
-    mapped, places = create_file(tmp_path / "x.safetensors", tensors)
+    mapped, places = create_file(tmp_path / "x.safetensors", file_layout(tensors))
     for number, place in enumerate(places.values(), 1):
         place[...] = number
     mapped.flush()

@@ -1,72 +1,50 @@
 """A MaxText checkpoint as a Hugging Face directory: safetensors shards, index, config.json.
 
-The plan knows every tensor's name, shape and dtype before a byte is read. So the files are laid out first, at
-full size, and mapped into memory; each region that is read is then written straight to its place. However many
-layers one leaf stacks, memory holds the regions in flight, and pages the kernel writes back as it likes.
-
-All of it happens in a directory beside OUT_DIR, which gets its name by one rename when everything is on disk.
+The plan knows every tensor's name, shape and dtype before a byte is read. So the files are laid out first
+(`export_layout`), and then filled: on a disk in any order (`export_disk`), in a bucket as streams (`export_bucket`).
+Several machines can share the files; whoever finds all of them complete writes the rest, the index last.
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
-import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from huggingface_hub import split_state_dict_into_shards_factory
 
 from vllm_maxtext_loader.api import Checkpoint
-from vllm_maxtext_loader.atomic import sync, temporary_name, uninterrupted
-from vllm_maxtext_loader.checkpoint.reader import DecodedRegion, read_regions
-from vllm_maxtext_loader.conversion.config_check import refuse_sliding_end
-from vllm_maxtext_loader.conversion.convert import convert
-from vllm_maxtext_loader.conversion.plan import Plan, TensorSpec
+from vllm_maxtext_loader.checkpoint.reader import DecodedRegion
+from vllm_maxtext_loader.checkpoint.storage import gcs
+from vllm_maxtext_loader.checkpoint.storage.path import Location
+from vllm_maxtext_loader.checkpoint.storage.retry import redact
+from vllm_maxtext_loader.conversion.plan import Plan
 from vllm_maxtext_loader.conversion.published import published_tensors
 from vllm_maxtext_loader.dtypes import FLOATS
-from vllm_maxtext_loader.errors import (
-    HuggingFaceDirectoryError,
-    IncompleteLoadError,
-    MaxTextLoadError,
+from vllm_maxtext_loader.errors import CheckpointNotFoundError, HuggingFaceDirectoryError
+from vllm_maxtext_loader.huggingface.directory import CONFIG_FILE, GENERATION_CONFIG_FILE, INDEX_FILE
+from vllm_maxtext_loader.tools.export_bucket import BucketExport
+from vllm_maxtext_loader.tools.export_config import main_dtype, make_configuration, set_dtype, tokenizer_files
+from vllm_maxtext_loader.tools.export_disk import Writing, replace_file, write_directory, write_files
+from vllm_maxtext_loader.tools.export_layout import (
+    ExportLayout,
+    Share,
+    complete_files,
+    make_grouped_layout,
+    make_layout,
+    tensor_nbytes,
+    to_json,
 )
-from vllm_maxtext_loader.huggingface.directory import (
-    CONFIG_FILE,
-    GENERATION_CONFIG_FILE,
-    INDEX_FILE,
-    natural_order,
-    read_config,
-    read_json,
-)
-from vllm_maxtext_loader.huggingface.safetensors_files import create_file
 
 DTYPES: dict[str, np.dtype | None] = {"stored": None, **FLOATS}
 """Values of `--dtype`."""
 
-TOKENIZER_FILES = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "video_preprocessor_config.json",
-)
-"""What `--tokenizer` copies, where it is there."""
-
 # huggingface_hub's parser of sizes knows neither KiB, MiB, GiB nor a plain number, and takes -1GB.
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
-_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,17 +53,20 @@ class ExportResult:
 
     Attributes:
         path: the directory.
-        tensors: number of tensors.
-        nbytes: bytes of tensor data.
-        shards: number of safetensors files.
+        tensors: number of tensors, by this machine.
+        nbytes: bytes of tensor data, likewise.
+        shards: number of safetensors files, likewise.
         notes: what differs from the configuration that was given, one sentence each.
+        missing: names of safetensors files that other machines have yet to write; the last of them completes the
+            directory.
     """
 
-    path: Path
+    path: Path | Location
     tensors: int
     nbytes: int
     shards: int
     notes: tuple[str, ...]
+    missing: tuple[str, ...] = ()
 
 
 def export(
@@ -96,47 +77,77 @@ def export(
     max_shard_bytes: int = 5 * 10**9,
     config: str | os.PathLike[str] | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
+    share: Share | None = None,
+    memory_bytes: int | None = None,
     on_region: Callable[[DecodedRegion], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> ExportResult:
     """Writes a directory that transformers and vLLM load.
 
     Args:
         checkpoint: opened checkpoint.
-        out: directory to make; must not exist, or be empty.
+        out: directory to make, local or gs://; must not exist, or be empty, except for files of other machines.
         dtype: a key of `DTYPES`; "stored" keeps each tensor's dtype.
         max_shard_bytes: bytes of tensor data per file; a larger tensor has a file of its own.
         config: Hugging Face directory or config.json of the model; None means read off the shapes (and the
             checkpoint's `model_name`).
         tokenizer: local directory whose tokenizer and processor files are copied.
-        on_region: told each region that has been written.
+        share: the part of the files that this machine writes; None means all.
+        memory_bytes: bytes of tensors that are held at a time where `out` is in a bucket; None means half of the
+            memory that is free.
+        on_region: told each region that has been converted.
+        on_progress: told how many bytes of how many are done.
 
     Raises:
         HuggingFaceDirectoryError: `out` is in the way, the disk is full, `config` or `tokenizer` is unusable.
         ConfigMismatchError: the configuration contradicts the checkpoint, or none can be made.
-        ReadError, StorageError: the checkpoint cannot be read.
+        OptionError: `share` or `memory_bytes` does not fit the checkpoint.
+        ReadError, StorageError: the checkpoint cannot be read, or the bucket not be written.
     """
-    target_dir = _free_place(out)
-    copied = _tokenizer_files(tokenizer)
-    settings, generation, checkpoint, notes = _configuration(checkpoint, config)
+    root = _destination(out)
+    bucket = BucketExport(root) if root.is_remote else None
+    if share is None or bucket is not None:
+        _refuse_occupied(root, shared=share is not None)
+    if bucket is not None:
+        bucket.refuse_read_only()
+    copied = tokenizer_files(tokenizer)
+    settings, generation, checkpoint, notes = make_configuration(checkpoint, config)
     plan = checkpoint.trimmed_plan()
     wanted = DTYPES[dtype]
-    set_dtype(settings, _main_dtype(plan, wanted))
-    with _temporary_directory(target_dir) as directory:
-        shards = _write_weights(checkpoint, plan, directory, wanted, max_shard_bytes, on_region)
-        for source in copied:
-            shutil.copyfile(source, directory / source.name)
-        if generation:
-            _write_json(directory / GENERATION_CONFIG_FILE, generation)
-        _write_json(directory / CONFIG_FILE, settings)
-        for file in directory.iterdir():
-            sync(file)
-        sync(directory)
-        # An empty directory of that name is replaced; anything else that has appeared meanwhile is not.
-        os.rename(directory, target_dir)
-        sync(target_dir.parent)
-    nbytes = sum(_nbytes(target, wanted) for target in plan.targets.values())
-    tensors = sum(len(published_tensors(target)) for target in plan.targets.values())
-    return ExportResult(target_dir, tensors, nbytes, shards, tuple(notes))
+    set_dtype(settings, main_dtype(plan, wanted))
+    if share is None and bucket is None:
+        layout = make_layout(plan, wanted, max_shard_bytes)
+    else:
+        layout = make_grouped_layout(plan, wanted, max_shard_bytes, settings if share else None)
+    documents = dict(copied)
+    if generation:
+        documents[GENERATION_CONFIG_FILE] = to_json(generation)
+    documents[CONFIG_FILE] = to_json(settings)
+    if (index := layout.index()) is not None:
+        documents[INDEX_FILE] = index
+    files, missing = layout.files, ()
+    if share is not None:
+        there = _files_of_others(root, layout, documents)
+        files = tuple(file for file in layout.share(share, max_shard_bytes) if file.name not in there)
+    write = Writing(checkpoint, plan, files, wanted, memory_bytes, on_region, on_progress)
+    with _overflow_refused(plan, wanted):
+        if share is not None:
+            missing = _write_share(write, root, bucket, layout, documents)
+        elif bucket is None:
+            write_directory(write, Path(root.url), documents)
+        else:
+            with bucket.complete_or_removed():
+                bucket.write_files(write)
+                bucket.write_documents(documents)
+    targets = [target for file in files for target in file.targets]
+    return ExportResult(
+        root if root.is_remote else Path(root.url),
+        sum(len(published_tensors(target)) for target in targets),
+        sum(tensor_nbytes(target, wanted) for target in targets),
+        len(files),
+        tuple(notes),
+        missing,
+    )
 
 
 def parse_size(text: str) -> int:
@@ -155,197 +166,94 @@ def parse_size(text: str) -> int:
     return size
 
 
-def _free_place(out: str | os.PathLike[str]) -> Path:
-    if "://" in os.fspath(out):
+def _destination(out: str | os.PathLike[str]) -> Location:
+    text = os.fspath(out)
+    if "://" in text:
+        try:
+            return Location.parse(text)
+        except CheckpointNotFoundError as error:
+            raise HuggingFaceDirectoryError(str(error)) from error
+    if re.match(r"(?i)\s*gc?s:", text):
         raise HuggingFaceDirectoryError(
-            f"{out}: OUT_DIR must be a local directory; copy it to the bucket afterwards."
+            f"{redact(text)}: is neither a local path nor a gs:// URL. Give gs://BUCKET/path."
         )
-    path = Path(os.path.abspath(os.path.expanduser(out)))
+    return Location(os.path.abspath(os.path.expanduser(text)))
+
+
+def _refuse_occupied(root: Location, *, shared: bool) -> None:
+    """Refuses a directory that is not empty; in a bucket also one that cannot be listed.
+
+    Args:
+        root: the directory.
+        shared: whether other machines may have written files to it.
+    """
+    if root.is_remote:
+        try:
+            found = gcs.list_objects(root.url, 1, write=True)
+        except CheckpointNotFoundError as error:
+            raise HuggingFaceDirectoryError(str(error)) from error
+        # An object named like the "directory" itself is how some tools mark an empty one.
+        if (found.keys() - {""}) and not shared:
+            raise HuggingFaceDirectoryError(
+                f"{root}: is not empty (it holds {min(found.keys() - {''})}); nothing is overwritten."
+            )
+        return
+    path = Path(root.url)
     if path.is_dir() and not path.is_symlink():
         if any(path.iterdir()):
             raise HuggingFaceDirectoryError(f"{path}: exists and is not empty; nothing is overwritten.")
     elif os.path.lexists(path):
         raise HuggingFaceDirectoryError(f"{path}: exists and is no directory; nothing is overwritten.")
-    return path
 
 
-def _tokenizer_files(tokenizer: str | os.PathLike[str] | None) -> list[Path]:
-    if tokenizer is None:
-        return []
-    directory = Path(tokenizer).expanduser()
-    if not directory.is_dir():
+def _files_of_others(root: Location, layout: ExportLayout, documents: Mapping[str, bytes]) -> set[str]:
+    """Names of the safetensors files that are there: of other machines, or of this one's last attempt."""
+    there = complete_files(root, layout, documents)
+    last = [*documents][-1]
+    if last in there:
         raise HuggingFaceDirectoryError(
-            f"{tokenizer}: no such directory. --tokenizer copies files from a local one; a Hugging Face name "
-            f"can be given to `vllm serve --tokenizer` instead."
+            f"{root}: is a complete model ({last} is there); nothing is overwritten."
         )
-    files = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
-    if not any(file.name.startswith("tokenizer") for file in files):
-        raise HuggingFaceDirectoryError(
-            f"{tokenizer}: holds no tokenizer (none of tokenizer.json, tokenizer.model)."
-        )
-    return files
+    return there
 
 
-def _configuration(
-    checkpoint: Checkpoint, source: str | os.PathLike[str] | None
-) -> tuple[dict[str, Any], dict[str, Any], Checkpoint, list[str]]:
-    """config.json, generation_config.json (may be empty), the checkpoint planned for them, and notes."""
-    refuse_sliding_end(checkpoint.plan.family, checkpoint.plan.dims, checkpoint.plan.where)
-    if source is None:
-        settings = json.loads(checkpoint.hf_config().to_json_string())
-        return settings, _token_ids(settings), checkpoint, []
-    file = Path(source).expanduser()
-    if file.is_dir():
-        file = file / CONFIG_FILE
-    if not file.is_file():
-        raise HuggingFaceDirectoryError(
-            f"{file}: no such file. --config takes a local directory with a config.json, or the file."
-        )
-    config, settings = read_config(file), read_json(file)
-    checkpoint = checkpoint.with_config(config)
-    notes = list(checkpoint.plan.notes)
-    if "vision_config" in settings and not checkpoint.plan.dims.has_vision:
-        ids = {key: settings[key] for key in _TOKEN_IDS if settings.get(key) is not None}
-        settings = json.loads(config.get_text_config().to_json_string()) | ids
-        settings["architectures"] = [next(iter(checkpoint.plan.family.architectures.values()))]
-        notes.append("the exported configuration is the text model's")
-    if settings.get("audio_config") is not None:
-        settings["audio_config"] = None
-        notes.append("MaxText has no audio tower: audio_config is null in the exported configuration")
-    vision = settings.get("vision_config")
-    if isinstance(vision, dict) and vision.get("use_clipped_linears"):
-        vision["use_clipped_linears"] = False
-        notes.append("MaxText has no clip bounds: use_clipped_linears is false in the exported configuration")
-    beside = file.parent / GENERATION_CONFIG_FILE
-    return settings, read_json(beside) if beside.is_file() else _token_ids(settings), checkpoint, notes
+def _write_share(
+    write: Writing,
+    root: Location,
+    bucket: BucketExport | None,
+    layout: ExportLayout,
+    documents: Mapping[str, bytes],
+) -> tuple[str, ...]:
+    """Writes one machine's files, and the rest where all files are there; returns the names of those that are not.
 
-
-def _token_ids(settings: Mapping[str, Any]) -> dict[str, Any]:
-    text = settings.get("text_config", {})
-    ids = {key: settings.get(key, text.get(key)) for key in _TOKEN_IDS}
-    return {key: value for key, value in ids.items() if value is not None}
-
-
-def set_dtype(settings: dict[str, Any], dtype: str) -> None:
-    """Names the dtype of the weights in a config.json, and in the configurations inside it that name one."""
-    settings.pop("torch_dtype", None)
-    settings["dtype"] = dtype
-    for inner in settings.values():
-        if isinstance(inner, dict) and ("dtype" in inner or "torch_dtype" in inner):
-            set_dtype(inner, dtype)
-
-
-def _main_dtype(plan: Plan, wanted: np.dtype | None) -> str:
-    if wanted is not None:
-        return wanted.name
-    sizes: collections.Counter[str] = collections.Counter()
-    for target in plan.targets.values():
-        sizes[target.dtype.name] += target.nbytes
-    return sizes.most_common(1)[0][0]
-
-
-def _nbytes(target: TensorSpec, wanted: np.dtype | None) -> int:
-    return target.nbytes // target.dtype.itemsize * _dtype(target, wanted).itemsize
-
-
-def _dtype(target: TensorSpec, wanted: np.dtype | None) -> np.dtype:
-    return target.dtype if wanted is None or target.keep_dtype else wanted
-
-
-def split(plan: Plan, wanted: np.dtype | None, limit: int) -> dict[str, list[TensorSpec]]:
-    """Which tensors go into which file, by file name, layer by layer.
-
-    Args:
-        plan: all tensors.
-        wanted: dtype of all of them; None means each one's own.
-        limit: bytes of tensor data per file.
+    Files that are complete stay, whatever happens to the rest: they are the same whichever run has written them.
     """
-    ordered = {name: plan.targets[name] for name in sorted(plan.targets, key=natural_order)}
-    shards = split_state_dict_into_shards_factory(
-        ordered,
-        get_storage_size=lambda target: _nbytes(target, wanted),
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=limit,
-    )
-    return {file: [ordered[name] for name in names] for file, names in shards.filename_to_tensors.items()}
-
-
-def _write_weights(
-    checkpoint: Checkpoint,
-    plan: Plan,
-    directory: Path,
-    wanted: np.dtype | None,
-    limit: int,
-    on_region: Callable[[DecodedRegion], None] | None,
-) -> int:
-    """Writes all shards, and the index where there are several; returns their number."""
-    files = split(plan, wanted, limit)
-    places: dict[str, np.ndarray] = {}
-    maps: list[np.memmap] = []
-    for name, targets in files.items():
-        mapped, inside = create_file(
-            directory / name,
-            [(target.name, target.shape, _dtype(target, wanted)) for target in targets],
-            {target.name: published_tensors(target) for target in targets},
-        )
-        maps.append(mapped)
-        places |= inside
-    regions = read_regions(
-        [entry.leaf for entry in plan.leaves], checkpoint.tree.arrays, checkpoint.concurrent_bytes, plan.where
-    )
-    done: set[str] = set()
-    try:
-        # Only float16 has numbers too large for it among what is stored; infinity would be a silent answer.
-        with np.errstate(over="raise"):
-            for name, _ in convert(
-                plan,
-                regions,
-                dtype=wanted,
-                on_region=None if on_region is None else lambda decoded, _: on_region(decoded),
-                allocate=lambda target, _: places.pop(target.name),
-            ):
-                done.add(name)
-    except FloatingPointError as error:
-        raise HuggingFaceDirectoryError(
-            f"{plan.where}: has values too large for {wanted}. Use bfloat16."
-        ) from error
-    if lacking := set(plan.targets) - done:
-        raise IncompleteLoadError(
-            f"{plan.where}: {len(lacking)} tensors were not written, first {min(lacking)}."
-        )
-    for mapped in maps:
-        mapped.flush()
-    if len(files) > 1:
-        weight_map = {
-            published: name
-            for name, targets in files.items()
-            for target in targets
-            for published, _ in published_tensors(target)
-        }
-        total = sum(_nbytes(target, wanted) for target in plan.targets.values())
-        _write_json(directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    return len(files)
+    if write.files and bucket is not None:
+        with bucket.complete_or_removed():
+            bucket.write_files(write)
+    elif write.files:
+        write_files(write, Path(root.url))
+    there = complete_files(root, layout, documents)
+    if missing := tuple(file.name for file in layout.files if file.name not in there):
+        return missing
+    # Several machines may come here at the same time: what they write is the same.
+    if bucket is not None:
+        bucket.write_documents(documents, shared=True)
+    else:
+        for name, data in documents.items():
+            replace_file(Path(root.url) / name, data)
+    return ()
 
 
 @contextlib.contextmanager
-def _temporary_directory(target: Path) -> Iterator[Path]:
-    """A temporary sibling, removed unless it was renamed: after an error, Ctrl-C, a signal that raises."""
-    directory = temporary_name(target)
+def _overflow_refused(plan: Plan, dtype: np.dtype | None) -> Iterator[None]:
+    """Refuses values that a dtype cannot hold: of what is stored, only float16 has such; infinity would be a silent
+    answer.
+    """
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        directory.mkdir()
-    except OSError as error:
-        raise HuggingFaceDirectoryError(f"{directory}: cannot be made: {error.strerror}.") from error
-    try:
-        yield directory
-    except MaxTextLoadError:
-        raise
-    except OSError as error:
-        raise HuggingFaceDirectoryError(f"{target}: cannot be written: {error.strerror or error}.") from error
-    finally:
-        with uninterrupted():
-            shutil.rmtree(directory, ignore_errors=True)
-
-
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        with np.errstate(over="raise"):
+            yield
+    except FloatingPointError as error:
+        raise HuggingFaceDirectoryError(
+            f"{plan.where}: has values too large for {dtype}. Use bfloat16."
+        ) from error

@@ -132,12 +132,13 @@ def list_sizes(url: str, most: int) -> dict[str, int] | None:
     return None
 
 
-def list_objects(url: str, most: int | None = None) -> dict[str, dict[str, Any]]:
+def list_objects(url: str, most: int | None = None, *, write: bool = False) -> dict[str, dict[str, Any]]:
     """Size, generation and metadata of every object below a "directory", by path relative to it.
 
     Args:
         url: the directory.
         most: objects after which to stop; None means all.
+        write: whether the account needs to be allowed to write there.
 
     Raises:
         CheckpointNotFoundError: there is no such bucket.
@@ -154,6 +155,7 @@ def list_objects(url: str, most: int | None = None) -> dict[str, dict[str, Any]]
             fields="items(name,size,generation,metadata),nextPageToken",
             maxResults=most,
             pageToken=page,
+            write=write,
         )
         found |= {item["name"].removeprefix(prefix): item for item in listing.get("items", ())}
         page = listing.get("nextPageToken")
@@ -283,7 +285,9 @@ def request(
                 raise FileExistsError(url) from error
             wait = random.uniform(0, pause)
             if not error.failure.may_pass or time.monotonic() + wait > deadline or stop.is_set():
-                raise to_storage_error(f"cannot {what} {url}", _for_writing(error) if write else error) from error
+                raise to_storage_error(
+                    f"cannot {what} {url}", _for_writing(error) if write else error
+                ) from error
             retry_warning(url, f"cannot {what}: {error}")
         stop.wait(wait)
         pause = min(2 * pause, backoff.longest)

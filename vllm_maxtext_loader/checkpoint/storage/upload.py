@@ -86,20 +86,22 @@ class Upload:
 
     def _send(self) -> None:
         """Sends the part that is held; what is not taken of it is sent again."""
-        self._crc = google_crc32c.extend(self._crc, bytes(self._part))
-        end = self._sent + len(self._part)
+        data = bytes(self._part)
+        self._part.clear()
+        self._crc = google_crc32c.extend(self._crc, data)
         fruitless = 0
-        while self._sent < end:
-            taken = self._put(end)
+        while data:
+            taken = self._put(data)
             fruitless = 0 if taken else fruitless + 1
             if fruitless == _FRUITLESS_PARTS:
                 error = RequestError("it takes no bytes", Failure.OVERLOADED)
                 raise to_storage_error(f"cannot write {self._url}", error)
-            del self._part[:taken]
             self._sent += taken
+            data = data[taken:]
 
-    def _put(self, end: int) -> int:
-        """One request with the bytes from `_sent` to `end`; returns how many of them were taken."""
+    def _put(self, data: bytes) -> int:
+        """One request; returns how many of its bytes were taken."""
+        end = self._sent + len(data)
         try:
             headers, body = gcs.request(
                 "PUT",
@@ -109,7 +111,7 @@ class Upload:
                 write=True,
                 stop=self._stop,
                 headers={"Content-Range": f"bytes {self._sent}-{end - 1}/{self._nbytes}"},
-                data=bytes(self._part),
+                data=data,
                 **self._query,
             )
         except FileNotFoundError as error:
@@ -118,8 +120,8 @@ class Upload:
         if end == self._nbytes and (stored := _json_object(body)).get("size") == str(self._nbytes):
             self._compare(stored)
             self.done = True
-            return end - self._sent
-        last = headers.get("Range", "bytes=0--1").rpartition("=")[2].partition("-")[2]
+            return len(data)
+        last = headers.get("Range", "bytes=0--1").partition("-")[2]
         return min(end, max(self._sent, int(last) + 1)) - self._sent
 
     def _compare(self, stored: Mapping[str, object]) -> None:
