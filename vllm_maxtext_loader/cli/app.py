@@ -18,6 +18,7 @@ import typer
 from vllm_maxtext_loader.cli.fit import fit
 from vllm_maxtext_loader.cli.runtime import (
     DIFFERENT,
+    byte_progress,
     console,
     exit_codes,
     print_json,
@@ -52,6 +53,14 @@ ModelName = Annotated[
         "--model-name",
         help="MaxText's name of a published model (gemma4-26b, qwen3-8b, …) that gives what shapes do not tell "
         "(sliding window, rope, top-k). Default: the one with the checkpoint's dimensions.",
+    ),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Most bytes of Hugging Face tensors held at a time, where their directory is in a bucket: 8GiB. Default: "
+        "half of the free memory.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, to stdout.")]
@@ -178,9 +187,11 @@ def inspect(
 def verify(
     checkpoint: Checkpoint,
     hf_dir: Annotated[
-        str, typer.Argument(metavar="HF_DIR", help="Local Hugging Face directory (safetensors).")
+        str,
+        typer.Argument(metavar="HF_DIR", help="Hugging Face directory (safetensors), local or gs:// URL."),
     ],
     step: StepOption = None,
+    memory: Memory = None,
     every_row: Annotated[
         bool, typer.Option("--all", help="Show every tensor, not only those that differ.")
     ] = False,
@@ -191,10 +202,12 @@ def verify(
     Memory stays bounded, whatever the size. Values are compared in the coarser of the two dtypes. Embedding
     values are the same where they are equal, or where multiplying by sqrt(hidden size) gives what MaxText
     stores. Vision and audio towers that only one side has are listed, not counted as differences. A
-    config.json in HF_DIR must fit the checkpoint.
+    config.json in HF_DIR must fit the checkpoint. Of an HF_DIR in a bucket, tensors that share leaves of the
+    checkpoint are held together; where they are larger than --memory, the leaves are read several times.
 
     [bold]Examples[/bold]
       vllm-maxtext verify gs://bucket/gemma4/0/items ./gemma-4-26B-A4B-it
+      vllm-maxtext verify CKPT gs://bucket/tuned
       vllm-maxtext verify CKPT HF_DIR --json | jq '.tensors[].name'
 
     [bold]Exit codes[/bold]
@@ -220,10 +233,11 @@ def verify(
         from vllm_maxtext_loader.huggingface.directory import read_hf_directory
         from vllm_maxtext_loader.tools.verify import verify as compare
 
+        limit = _size(memory, "--memory")
         hf = read_hf_directory(hf_dir)
         opened = open_checkpoint(checkpoint, step=step)
-        with progress(opened.plan.nbytes, "Comparing") as on_region:
-            report = compare(opened, hf, on_region=on_region)
+        with byte_progress("Comparing") as on_progress:
+            report = compare(opened, hf, memory_bytes=limit, on_progress=on_progress)
         if as_json:
             print_json(report.to_json(every_row=every_row))
         else:
@@ -238,7 +252,10 @@ def verify(
 def export(
     checkpoint: Checkpoint,
     out_dir: Annotated[
-        str, typer.Argument(metavar="OUT_DIR", help="Directory to make; must not exist, or be empty.")
+        str,
+        typer.Argument(
+            metavar="OUT_DIR", help="Directory to make, local or gs:// URL; must not exist, or be empty."
+        ),
     ],
     step: StepOption = None,
     model_name: ModelName = None,
@@ -260,16 +277,34 @@ def export(
         str | None,
         typer.Option(metavar="DIR", help="Local directory whose tokenizer and processor files are copied."),
     ] = None,
+    shards: Annotated[
+        str | None,
+        typer.Option(
+            metavar="i/n",
+            help="Write only the files of the i-th of n machines. Give every machine the same other options.",
+        ),
+    ] = None,
+    memory: Memory = None,
 ) -> None:
     """Write a checkpoint as a Hugging Face directory that transformers and vLLM load.
 
-    Needs as much disk as the model has bytes, and little memory. OUT_DIR appears when everything in it is
+    On a disk it needs as much room as the model has bytes, and little memory. OUT_DIR appears when everything in it is
     complete; until then the files are in a hidden directory next to it, which is removed when the export fails or is
     interrupted.
+
+    In a bucket, files are streamed, and nothing is written to a disk. Tensors that share leaves of the checkpoint are
+    held together; where they are larger than --memory, the leaves are read several times. The index is written last.
+    The objects of an export that fails or is interrupted are deleted. The account needs storage.objects.create,
+    delete, get and list.
+
+    With --shards, n machines write the files of one OUT_DIR, on a disk that they share or in a bucket. File names do not
+    depend on n. The machine that finds all files complete writes config.json and the index. A machine that failed is
+    started again; what it has completed stays.
 
     [bold]Examples[/bold]
       vllm-maxtext export gs://bucket/run/checkpoints ./tuned --dtype bfloat16
       vllm-maxtext export CKPT ./tuned --config HF_DIR --tokenizer HF_DIR
+      vllm-maxtext export CKPT gs://bucket/tuned --step 1000 --shards 1/4
 
     [bold]Exit codes[/bold]
        0  written
@@ -280,14 +315,16 @@ def export(
         from vllm_maxtext_loader.api import open_checkpoint
         from vllm_maxtext_loader.cli.render import size
         from vllm_maxtext_loader.tools.export import export as write
-        from vllm_maxtext_loader.tools.export import parse_size
+        from vllm_maxtext_loader.tools.export_layout import Share
 
+        limit, held = _size(max_shard_size, "--max-shard-size"), _size(memory, "--memory")
+        assert limit is not None
         try:
-            limit = parse_size(max_shard_size)
+            share = None if shards is None else Share.parse(shards)
         except ValueError as error:
-            raise typer.BadParameter(str(error), param_hint="--max-shard-size") from error
-        opened = open_checkpoint(checkpoint, step=step, model_name=model_name)
-        with progress(opened.plan.nbytes, "Exporting") as on_region, sigterm_raises():
+            raise typer.BadParameter(str(error), param_hint="--shards") from error
+        with sigterm_raises(), byte_progress("Exporting") as on_progress:
+            opened = open_checkpoint(checkpoint, step=step, model_name=model_name)
             done = write(
                 opened,
                 out_dir,
@@ -295,12 +332,28 @@ def export(
                 max_shard_bytes=limit,
                 config=config,
                 tokenizer=tokenizer,
-                on_region=on_region,
+                share=share,
+                memory_bytes=held,
+                on_progress=on_progress,
             )
         for note in done.notes:
             typer.echo(f"note: {printable(note)}", err=True)
-        files = f"{done.shards} file{'s' if done.shards > 1 else ''}"
+        files = f"{done.shards} file{'' if done.shards == 1 else 's'}"
         typer.echo(f"Wrote {done.tensors} tensors, {size(done.nbytes)}, in {files} to {done.path}")
+        if done.missing:
+            typer.echo(
+                f"Not complete yet: other machines have {len(done.missing)} files to write, first {done.missing[0]}."
+            )
+
+
+def _size(text: str | None, option: str) -> int | None:
+    """Bytes of an option such as "5GB"; None where it was not given."""
+    from vllm_maxtext_loader.tools.export import parse_size
+
+    try:
+        return None if text is None else parse_size(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from error
 
 
 @_command

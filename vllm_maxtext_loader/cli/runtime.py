@@ -133,3 +133,17 @@ def progress(total: int, what: str) -> Iterator[Callable[[DecodedRegion], None]]
             bar.update(decoded.array.nbytes)
 
         yield on_region
+
+
+@contextlib.contextmanager
+def byte_progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Like `progress`, for what tells how many bytes of how many are done."""
+    from vllm_maxtext_loader.progress import byte_bar
+
+    with byte_bar(0, what, delay=_SHOW_PROGRESS_AFTER, leave=False) as bar:
+
+        def on_progress(done: int, total: int) -> None:
+            bar.total = max(done, total)
+            bar.update(done - bar.n)
+
+        yield on_progress

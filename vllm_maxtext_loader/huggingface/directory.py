@@ -1,4 +1,4 @@
-"""A local Hugging Face model directory: which tensors its safetensors files hold, and its config.json."""
+"""A Hugging Face model directory, local or in a bucket: which tensors its safetensors files hold, its config.json."""
 
 from __future__ import annotations
 
@@ -6,13 +6,20 @@ import dataclasses
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_maxtext_loader import families
-from vllm_maxtext_loader.errors import HuggingFaceDirectoryError
+from vllm_maxtext_loader.checkpoint.storage import gcs
+from vllm_maxtext_loader.checkpoint.storage.path import Location
+from vllm_maxtext_loader.errors import (
+    CheckpointNotFoundError,
+    HuggingFaceDirectoryError,
+    MaxTextLoadError,
+)
 from vllm_maxtext_loader.huggingface.config import config_classes
-from vllm_maxtext_loader.huggingface.safetensors_files import HfTensor, read_header
+from vllm_maxtext_loader.huggingface.safetensors_files import HfTensor, read_header, read_remote_header
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -33,9 +40,9 @@ class HfDirectory:
         config_file: its config.json, None where it has none.
     """
 
-    path: Path
+    path: Path | Location
     tensors: dict[str, HfTensor]
-    config_file: Path | None
+    config_file: Path | Location | None
 
 
 def canonical(name: str) -> str:
@@ -55,22 +62,19 @@ def read_hf_directory(path: str | os.PathLike[str]) -> HfDirectory:
     """Reads the headers of all safetensors files of a directory, no tensor data.
 
     Args:
-        path: directory with model.safetensors, or model.safetensors.index.json and its shards, or other
-            .safetensors files.
+        path: directory, local or gs://, with model.safetensors, or model.safetensors.index.json and its shards, or
+            other .safetensors files.
 
     Raises:
         HuggingFaceDirectoryError: it does not exist, holds no safetensors files, or one is missing, truncated
             or damaged.
+        StorageError: the bucket refuses or does not answer.
     """
-    directory = Path(path).expanduser()
-    if not directory.is_dir():
-        raise HuggingFaceDirectoryError(
-            f"{path}: no such directory. Give a local Hugging Face model directory (`hf download NAME "
-            f"--local-dir DIR` makes one)."
-        )
+    directory, sizes = _list_directory(path)
     tensors: dict[str, HfTensor] = {}
-    for file, wanted in _files(directory).items():
-        header = read_header(file)
+    for name, wanted in _files(directory, sizes).items():
+        file = directory / name
+        header = read_remote_header(file, sizes[name]) if isinstance(file, Location) else read_header(file)
         if wanted is not None and (absent := wanted - {tensor.name for tensor in header}):
             raise HuggingFaceDirectoryError(
                 f"{file}: lacks {min(absent)} ({len(absent)} tensors in all), which {INDEX_FILE} says it "
@@ -79,46 +83,71 @@ def read_hf_directory(path: str | os.PathLike[str]) -> HfDirectory:
         for tensor in header:
             if wanted is not None and tensor.name not in wanted:
                 continue
-            name = canonical(tensor.name)
-            if name in tensors:
+            common = canonical(tensor.name)
+            if common in tensors:
                 raise HuggingFaceDirectoryError(
-                    f"{directory}: {name} is there twice: {tensors[name].name} in {tensors[name].file.name}, "
-                    f"{tensor.name} in {file.name}."
+                    f"{directory}: {common} is there twice: {tensors[common].name} in {tensors[common].file.name}, "
+                    f"{tensor.name} in {name}."
                 )
-            tensors[name] = tensor
-    config_file = directory / CONFIG_FILE
-    return HfDirectory(directory, tensors, config_file if config_file.is_file() else None)
+            tensors[common] = tensor
+    return HfDirectory(directory, tensors, directory / CONFIG_FILE if CONFIG_FILE in sizes else None)
 
 
-def _files(directory: Path) -> dict[Path, set[str] | None]:
-    """The safetensors files, and which tensors of each count (None: all)."""
-    if (single := directory / SINGLE_FILE).is_file():
-        return {single: None}
-    index = directory / INDEX_FILE
-    if index.is_file():
+def _list_directory(path: str | os.PathLike[str]) -> tuple[Path | Location, dict[str, int]]:
+    """A directory, and the bytes of each of its files by name."""
+    text = os.fspath(path)
+    if "://" in text:
+        try:
+            location = Location.parse(text)
+            if location.is_remote:
+                found = {name: int(item["size"]) for name, item in gcs.list_objects(location.url).items()}
+                found = {name: size for name, size in found.items() if name and "/" not in name}
+                if not found:
+                    raise HuggingFaceDirectoryError(f"{location}: no such directory, or it holds no file.")
+                return location, found
+        except CheckpointNotFoundError as error:
+            raise HuggingFaceDirectoryError(str(error)) from error
+        text = location.url
+    directory = Path(text).expanduser()
+    if not directory.is_dir():
+        raise HuggingFaceDirectoryError(
+            f"{path}: no such directory. Give a Hugging Face model directory, local or gs:// (`hf download NAME "
+            f"--local-dir DIR` makes one)."
+        )
+    return directory, {file.name: file.stat().st_size for file in directory.iterdir() if file.is_file()}
+
+
+def _files(directory: Path | Location, sizes: Mapping[str, int]) -> dict[str, set[str] | None]:
+    """Names of the safetensors files, and which tensors of each count (None: all)."""
+    if SINGLE_FILE in sizes:
+        return {SINGLE_FILE: None}
+    if INDEX_FILE in sizes:
+        index = directory / INDEX_FILE
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise HuggingFaceDirectoryError(f"{index}: has no weight_map; the file is damaged.")
-        files: dict[Path, set[str] | None] = {}
+        files: dict[str, set[str] | None] = {}
         for name, file in weight_map.items():
-            wanted = files.setdefault(directory / _bare_name(index, file), set())
+            wanted = files.setdefault(_bare_name(index, file), set())
             assert wanted is not None
             wanted.add(name)
-        if lost := [file.name for file in files if not file.is_file()]:
+        if lost := [file for file in files if file not in sizes]:
             raise HuggingFaceDirectoryError(
                 f"{directory}: {len(lost)} of {len(files)} shards are missing ({lost[0]}). Download it again."
             )
         return files
-    found: dict[Path, set[str] | None] = dict.fromkeys(sorted(directory.glob("*.safetensors")))
+    found: dict[str, set[str] | None] = dict.fromkeys(
+        sorted(name for name in sizes if name.endswith(".safetensors"))
+    )
     if not found:
-        names = ", ".join(sorted(entry.name for entry in directory.iterdir())[:8]) or "nothing"
+        names = ", ".join(sorted(sizes)[:8]) or "nothing"
         raise HuggingFaceDirectoryError(
             f"{directory}: holds no .safetensors files (found: {names}). PyTorch .bin files are not read."
         )
     return found
 
 
-def _bare_name(index: Path, file: object) -> str:
+def _bare_name(index: Path | Location, file: object) -> str:
     """A file name from an index.json, which comes from whoever made the model: it must stay in the directory."""
     if isinstance(file, str) and file not in ("", ".", "..") and not re.search(r"[/\\\0]", file):
         return file
@@ -128,14 +157,17 @@ def _bare_name(index: Path, file: object) -> str:
     )
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path | Location) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
         HuggingFaceDirectoryError: it cannot be read, or is none.
+        StorageError: the bucket refuses or does not answer.
     """
     try:
         parsed = json.loads(file.read_bytes())
+    except MaxTextLoadError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise HuggingFaceDirectoryError(f"{file}: cannot be read as JSON ({error}).") from error
     if not isinstance(parsed, dict):
@@ -143,7 +175,7 @@ def read_json(file: Path) -> dict[str, Any]:
     return parsed
 
 
-def ends_in_full_attention(file: Path) -> bool:
+def ends_in_full_attention(file: Path | Location) -> bool:
     """Whether transformers takes a config.json's layer types as they are: it changes a sliding last layer."""
     raw = read_json(file)
     text = raw.get("text_config", raw)
@@ -151,7 +183,7 @@ def ends_in_full_attention(file: Path) -> bool:
     return not isinstance(types, list) or types[-1:] == ["full_attention"]
 
 
-def read_config(file: Path) -> PretrainedConfig:
+def read_config(file: Path | Location) -> PretrainedConfig:
     """The configuration in a config.json.
 
     Raises:

@@ -1,7 +1,8 @@
 """Is a MaxText checkpoint the same model as a Hugging Face directory? Tensor by tensor, in bounded memory.
 
 Every region that is read is compared with its place in the memory-mapped Hugging Face tensor, through the view a
-conversion would write it through: neither side is ever held whole, however many layers one leaf stacks.
+conversion would write it through: neither side is ever held whole, however many layers one leaf stacks. Tensors in a
+bucket are read whole, those that share leaves together, and in several passes where they are larger than the memory.
 
 What counts as the same:
 
@@ -27,6 +28,7 @@ import numpy as np
 
 from vllm_maxtext_loader.api import Checkpoint
 from vllm_maxtext_loader.checkpoint.reader import DecodedRegion, Region, read_regions
+from vllm_maxtext_loader.checkpoint.storage.path import Location
 from vllm_maxtext_loader.conversion.convert import ScaleStore, cast, compute, layer_of, locate
 from vllm_maxtext_loader.conversion.family import WeightConverter
 from vllm_maxtext_loader.conversion.plan import CopyOp, LeafConversion, Plan, TensorSpec
@@ -41,6 +43,15 @@ from vllm_maxtext_loader.huggingface.directory import (
     read_config,
 )
 from vllm_maxtext_loader.huggingface.safetensors_files import HfTensor
+from vllm_maxtext_loader.tools.leaf_groups import (
+    in_groups,
+    is_needed,
+    memory_limit,
+    read_nbytes,
+    restrict,
+    split_passes,
+    tensor_groups,
+)
 
 _BLOCK = 4 << 20
 """Values compared at a time: bounds the temporary float32 arrays, and stays in the cache's reach."""
@@ -151,18 +162,27 @@ class Report:
 
 
 def verify(
-    checkpoint: Checkpoint, hf: HfDirectory, *, on_region: Callable[[DecodedRegion], None] | None = None
+    checkpoint: Checkpoint,
+    hf: HfDirectory,
+    *,
+    memory_bytes: int | None = None,
+    on_region: Callable[[DecodedRegion], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Report:
     """Compares a checkpoint with a Hugging Face directory.
 
     Args:
         checkpoint: opened checkpoint. Where the directory has a config.json, that decides what is padding.
         hf: opened directory.
+        memory_bytes: bytes of its tensors that are held at a time where it is in a bucket; None means half of the
+            memory that is free.
         on_region: told each region that has been compared.
+        on_progress: told how many bytes of how many have been compared.
 
     Raises:
         ConfigMismatchError: the directory's config.json contradicts the checkpoint's shapes.
         HuggingFaceDirectoryError: its config.json cannot be used.
+        OptionError: `memory_bytes` is less than the largest tensor.
         ReadError: a chunk of the checkpoint is missing, truncated or corrupt.
         StorageError: the storage refuses or does not answer.
     """
@@ -176,7 +196,7 @@ def verify(
         )
     plan = checkpoint.trimmed_plan()
     rows: dict[str, Row] = {}
-    pairs: dict[str, tuple[Row, np.ndarray]] = {}
+    pairs: dict[str, tuple[Row, HfTensor]] = {}
     hf_has_vision = any(name.startswith(_VISION) for name in hf.tensors)
     for target in _published(plan, hf):
         tensor = hf.tensors.get(canonical(target.name))
@@ -185,8 +205,20 @@ def verify(
             row.status, row.detail = Status.NOT_COMPARED, "vision tower; HF_DIR has none"
         elif row.status is Status.SAME:
             assert tensor is not None
-            pairs[target.name] = row, tensor.array()
-    _compare(checkpoint, plan, pairs, on_region)
+            pairs[target.name] = row, tensor
+    parts = _passes(plan, hf, pairs, memory_bytes)
+    total, compared = sum(read_nbytes(part) for part in parts), 0
+
+    def on_compared(decoded: DecodedRegion) -> None:
+        nonlocal compared
+        compared += decoded.array.nbytes
+        if on_progress is not None:
+            on_progress(compared, total)
+        if on_region is not None:
+            on_region(decoded)
+
+    for part in parts:
+        _compare(checkpoint, part, pairs, on_compared)
     for name, tensor in hf.tensors.items():
         if name not in rows:
             rows[name] = _only_in_hf(name, tensor, hf.tensors, plan)
@@ -225,39 +257,59 @@ def _pair(target: TensorSpec, tensor: HfTensor | None) -> Row:
     return row
 
 
+def _passes(
+    plan: Plan, hf: HfDirectory, pairs: Mapping[str, tuple[Row, HfTensor]], memory_bytes: int | None
+) -> list[Plan]:
+    """The plan, in parts whose tensors are compared at a time: all of them where they are mapped from a disk."""
+    if not isinstance(hf.path, Location) or not pairs:
+        return [plan]
+    order = list(in_groups(plan))
+    nbytes = {
+        name: sum(pairs[part][1].nbytes for part in _spellings(plan.targets[name]) if part in pairs)
+        for name in order
+    }
+    limit = memory_limit(memory_bytes, nbytes, "--memory")
+    return [restrict(plan, names) for names in split_passes(order, nbytes, tensor_groups(plan), limit)]
+
+
+def _spellings(target: TensorSpec) -> set[str]:
+    """The names under which a directory may have a tensor, or its parts."""
+    return {target.name, *(name for name, _ in published_tensors(target))}
+
+
 def _compare(
     checkpoint: Checkpoint,
     plan: Plan,
-    pairs: Mapping[str, tuple[Row, np.ndarray]],
-    on_region: Callable[[DecodedRegion], None] | None,
+    found: Mapping[str, tuple[Row, HfTensor]],
+    on_region: Callable[[DecodedRegion], None],
 ) -> None:
-    """Reads the leaves and fills in the rows."""
-    entries = {entry.leaf.key: entry for entry in plan.leaves if _is_compared(entry, plan, pairs)}
+    """Reads the leaves of a (restricted) plan and fills in the rows of its tensors."""
+    names = [name for target in plan.targets.values() for name in sorted(_spellings(target)) if name in found]
+    entries = {entry.leaf.key: entry for entry in plan.leaves if _is_compared(entry, plan, found)}
     leaves = [entry.leaf for entry in entries.values()]
+    regions = read_regions(
+        leaves, checkpoint.tree.arrays, checkpoint.concurrent_bytes, plan.where, needed=is_needed(plan)
+    )
+    pairs = {name: (found[name][0], found[name][1].array()) for name in names}
     for entry in entries.values():
         _compare_absent_rows(entry, pairs)
-    for decoded in read_regions(leaves, checkpoint.tree.arrays, checkpoint.concurrent_bytes, plan.where):
+    for decoded in regions:
         entry = entries[decoded.leaf.key]
         for copy_op in entry.copies:
-            if (found := layer_of(entry, copy_op, decoded)) is None:
+            if (located := layer_of(entry, copy_op, decoded)) is None:
                 continue
-            for stored, region in locate(entry, copy_op, *found):
+            for stored, region in locate(entry, copy_op, *located):
                 _compare_region(entry, copy_op, plan.targets[copy_op.target], pairs, stored, region)
-        if on_region is not None:
-            on_region(decoded)
+        on_region(decoded)
     for row, theirs in pairs.values():
         # No region is lost, by design; but a row that says "same" must have seen all of them.
         if row.values != theirs.size:
             raise AssertionError(f"{row.name}: compared {row.values} of {theirs.size} values")
 
 
-def _is_compared(entry: LeafConversion, plan: Plan, pairs: Mapping[str, tuple[Row, np.ndarray]]) -> bool:
+def _is_compared(entry: LeafConversion, plan: Plan, pairs: Mapping[str, tuple[Row, HfTensor]]) -> bool:
     """Whether anything of a leaf is compared."""
-    return any(
-        copy_op.target in pairs
-        or any(name in pairs for name, _ in published_tensors(plan.targets[copy_op.target]))
-        for copy_op in entry.copies
-    )
+    return any(name in pairs for copy_op in entry.copies for name in _spellings(plan.targets[copy_op.target]))
 
 
 def _compare_absent_rows(entry: LeafConversion, pairs: Mapping[str, tuple[Row, np.ndarray]]) -> None:
@@ -397,9 +449,9 @@ def _only_in_hf(name: str, tensor: HfTensor, all_tensors: Mapping[str, HfTensor]
 def _equal(one: HfTensor, other: HfTensor | None) -> bool:
     if other is None or one.shape != other.shape or one.dtype_name != other.dtype_name or one.dtype is None:
         return False
-    bits = np.dtype(f"u{one.dtype.itemsize}")
-    left, right = one.array().view(bits), other.array().view(bits)
-    return all(np.array_equal(left[block], right[block]) for block in _blocks(one.shape))
+    bits, size, step = np.dtype(f"u{one.dtype.itemsize}"), math.prod(one.shape), 8 * _BLOCK
+    spans = [(start, min(size, start + step)) for start in range(0, size, step)]
+    return all(np.array_equal(one.flat(*span).view(bits), other.flat(*span).view(bits)) for span in spans)
 
 
 def _notes(rows: Any) -> Iterator[str]:
