@@ -117,7 +117,7 @@ class Server:
         query = urllib.parse.urlencode({"prefix": prefix})
         return [
             item["name"]
-            for item in json.loads(self._ask("GET", f"/storage/v1/b/{bucket}/o?{query}"))["items"]
+            for item in json.loads(self._ask("GET", f"/storage/v1/b/{bucket}/o?{query}")).get("items", [])
         ]
 
     def delete(self, bucket: str, prefix: str) -> None:

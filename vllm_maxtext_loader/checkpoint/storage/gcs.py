@@ -221,9 +221,7 @@ def read_range(url: str, start: int, stop: int) -> bytes:
         StorageError: the storage refuses or does not answer.
     """
     headers = {"Range": f"bytes={start}-{stop - 1}"}
-    _, body = request(
-        "GET", f"read bytes {start} to {stop} of", url, "b/{}/o/{}", *split(url), headers=headers, alt="media"
-    )
+    _, body = request("GET", "read", url, "b/{}/o/{}", *split(url), headers=headers, alt="media")
     return body
 
 
