@@ -446,6 +446,26 @@ def test_interrupted_export_leaves_nothing(number: signal.Signals, proxy: gcs.Pr
     assert _names(url) == []
 
 
+def test_interrupted_export_sends_nothing_more(
+    proxy: gcs.Proxy, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even of files whose tensors are all complete."""
+    monkeypatch.setattr(upload, "PART_NBYTES", 1 << 13)
+    proxy.faults.append(Fault("write .*safetensors", before=lambda: time.sleep(0.2)))
+    sent: list[int] = []
+
+    def interrupt(decoded: Any) -> None:
+        if decoded.last and decoded.leaf.key.endswith("wo"):
+            sent.append(proxy.counts()["write"])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _export("moe_v2", url, on_region=interrupt)
+    assert sent, "a group of several files was made"
+    assert proxy.counts()["write"] <= sent[0] + 2 * bucket_module._STREAMS
+    assert _names(url) == []
+
+
 def test_command_line(proxy: gcs.Proxy, url: str, tmp_path: Path) -> None:
     process = _start("dense_v2", url, "--memory", "64MiB")
     printed, said = process.communicate(timeout=120)

@@ -23,6 +23,7 @@ from vllm_maxtext_loader.atomic import uninterrupted
 from vllm_maxtext_loader.checkpoint.reader import aligned, read_regions
 from vllm_maxtext_loader.checkpoint.storage import gcs, upload
 from vllm_maxtext_loader.checkpoint.storage.path import Location
+from vllm_maxtext_loader.checkpoint.storage.upload import StoppedError
 from vllm_maxtext_loader.conversion.convert import convert
 from vllm_maxtext_loader.conversion.plan import Plan, TensorSpec
 from vllm_maxtext_loader.errors import HuggingFaceDirectoryError, MaxTextLoadError
@@ -102,7 +103,7 @@ class BucketExport:
                 for names in split_passes(order, nbytes, tensor_groups(plan), limit):
                     self._make(write, restrict(plan, names), buffers)
                 wait(sent, return_when=FIRST_EXCEPTION)
-            except _StoppedError:
+            except StoppedError:
                 # A file could not be sent. Its error is raised when the other threads have ended.
                 pass
             finally:
@@ -110,7 +111,7 @@ class BucketExport:
                 buffers.close()
                 pool.shutdown(cancel_futures=True)
         for future in sent:
-            with contextlib.suppress(_StoppedError, CancelledError):
+            with contextlib.suppress(StoppedError, CancelledError):
                 future.result()
         for future in sent:
             future.result()
@@ -206,10 +207,6 @@ def _appeared(location: Location) -> HuggingFaceDirectoryError:
     )
 
 
-class _StoppedError(Exception):
-    """Something else has failed."""
-
-
 class _Buffers:
     """The tensors in memory: those that are being made, and those that wait to be sent.
 
@@ -241,13 +238,13 @@ class _Buffers:
         made can be sent without the tensors of this one.
 
         Raises:
-            _StoppedError: something has failed.
+            StoppedError: something has failed.
         """
         nbytes = self._nbytes[target.name]
         with self._changed:
             while self._held + nbytes > self._limit:
                 if self._stop.is_set():
-                    raise _StoppedError
+                    raise StoppedError
                 # Time to look for Ctrl-C, and at what is sent.
                 self._changed.wait(0.2)
             self._held += nbytes
@@ -258,10 +255,10 @@ class _Buffers:
         """Has a tensor sent.
 
         Raises:
-            _StoppedError: something has failed.
+            StoppedError: something has failed.
         """
         if self._stop.is_set():
-            raise _StoppedError
+            raise StoppedError
         self._tensors[name].set_result(array)
 
     def wait(self, name: str) -> np.ndarray:

@@ -77,7 +77,7 @@ class Failure(enum.Enum):
     BUCKET_WRITE = (
         "Give the account storage.objects.create, storage.objects.delete, storage.objects.get and storage.objects.list "
         "on the bucket (roles/storage.objectUser): `gcloud auth application-default login`, a service account on the "
-        "VM, or GOOGLE_APPLICATION_CREDENTIALS=key.json."
+        "VM (whose access scope must allow writing), or GOOGLE_APPLICATION_CREDENTIALS=key.json."
     )
     FILE_ACCESS = "Make the files, and every directory above them, readable for the user this runs as."
     PERIMETER = (

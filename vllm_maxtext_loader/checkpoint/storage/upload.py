@@ -27,6 +27,10 @@ _FRUITLESS_PARTS = 8
 """Answers in a row that no byte was taken, after which an upload is given up."""
 
 
+class StoppedError(Exception):
+    """Nothing more is to be sent."""
+
+
 class Upload:
     """One object that is being written.
 
@@ -34,7 +38,7 @@ class Upload:
         location: of the object, in a bucket.
         nbytes: its size.
         metadata: custom metadata of the object.
-        stop: once it is set, a request that fails is not repeated.
+        stop: once it is set, no part is sent, and a request that fails is not repeated.
 
     Raises:
         FileNotFoundError: there is no such bucket.
@@ -74,6 +78,7 @@ class Upload:
 
         Raises:
             FileExistsError: an object of this name has appeared.
+            StoppedError: `stop` is set.
             StorageError: the storage refuses, does not answer, or did not store what was sent.
         """
         view = memoryview(data).cast("B")
@@ -91,6 +96,8 @@ class Upload:
         self._crc = google_crc32c.extend(self._crc, data)
         fruitless = 0
         while data:
+            if self._stop.is_set():
+                raise StoppedError
             taken = self._put(data)
             fruitless = 0 if taken else fruitless + 1
             if fruitless == _FRUITLESS_PARTS:
