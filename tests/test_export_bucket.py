@@ -346,14 +346,18 @@ def test_misspelled_bucket_is_not_a_directory(
 
 def test_occupied_directory_is_refused(proxy: gcs.Proxy, url: str) -> None:
     prefix = url.removeprefix(f"gs://{BUCKET}/")
+    # Some tools mark a directory by an object of its name: that alone is no content.
+    gcs.shared()[0].put(BUCKET, f"{prefix}/", b"")
+    _export("dense_v2", url, share=Share(1, 2))
+    gcs.shared()[0].delete(BUCKET, f"{prefix}/model")
     gcs.shared()[0].put(BUCKET, f"{prefix}/notes.txt", b"mine")
-    # A neighbour of a name that begins alike is none of ours.
     with pytest.raises(HuggingFaceDirectoryError, match=r"is not empty \(it holds notes.txt\)"):
         _export("dense_v2", url)
     with pytest.raises(HuggingFaceDirectoryError, match=r"holds notes.txt, which is no file of this export"):
         _export("dense_v2", url, share=Share(1, 2))
+    assert _names(url) == ["", "notes.txt"]
+    # A neighbour whose name begins alike is no obstacle.
     _export("dense_v2", url[:-1])
-    assert _names(url) == ["notes.txt"]
 
 
 def test_object_that_appears_meanwhile_is_not_replaced(proxy: gcs.Proxy, url: str) -> None:
@@ -563,6 +567,15 @@ def test_failed_share_leaves_the_others(place: str, proxy: gcs.Proxy, url: str, 
     with pytest.raises(KeyboardInterrupt):
         _export("moe_v2", out, share=Share(2, 2), on_region=fail)
     assert (_names(url) if place == "bucket" else sorted(os.listdir(tmp_path / "out"))) == before
+
+
+def test_other_content_is_refused_by_a_share(tmp_path: Path) -> None:
+    (tmp_path / "out" / "notes").mkdir(parents=True)
+    with pytest.raises(HuggingFaceDirectoryError, match="holds notes, which is no file of this export"):
+        _export("dense_v2", tmp_path / "out", share=Share(1, 2))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(HuggingFaceDirectoryError, match="cannot be made"):
+        _export("dense_v2", tmp_path / "file", share=Share(1, 2))
 
 
 @pytest.mark.parametrize(

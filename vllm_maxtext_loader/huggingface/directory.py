@@ -6,7 +6,8 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,9 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
+
+_HEADERS = 16
+"""Headers that are read from a bucket at a time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +76,9 @@ def read_hf_directory(path: str | os.PathLike[str]) -> HfDirectory:
     """
     directory, sizes = _list_directory(path)
     tensors: dict[str, HfTensor] = {}
-    for name, wanted in _files(directory, sizes).items():
+    files = _files(directory, sizes)
+    for (name, wanted), header in zip(files.items(), _headers(directory, files, sizes), strict=True):
         file = directory / name
-        header = read_remote_header(file, sizes[name]) if isinstance(file, Location) else read_header(file)
         if wanted is not None and (absent := wanted - {tensor.name for tensor in header}):
             raise HuggingFaceDirectoryError(
                 f"{file}: lacks {min(absent)} ({len(absent)} tensors in all), which {INDEX_FILE} says it "
@@ -93,6 +97,20 @@ def read_hf_directory(path: str | os.PathLike[str]) -> HfDirectory:
     return HfDirectory(directory, tensors, directory / CONFIG_FILE if CONFIG_FILE in sizes else None)
 
 
+def _headers(
+    directory: Path | Location, files: Iterable[str], sizes: Mapping[str, int]
+) -> Iterator[list[HfTensor]]:
+    """The header of each file, in order; several at a time from a bucket."""
+    if not isinstance(directory, Location):
+        yield from (read_header(directory / name) for name in files)
+        return
+    with ThreadPoolExecutor(_HEADERS) as pool:
+        try:
+            yield from pool.map(lambda name: read_remote_header(directory / name, sizes[name]), files)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
 def _list_directory(path: str | os.PathLike[str]) -> tuple[Path | Location, dict[str, int]]:
     """A directory, and the bytes of each of its files by name."""
     text = os.fspath(path)
@@ -101,7 +119,7 @@ def _list_directory(path: str | os.PathLike[str]) -> tuple[Path | Location, dict
             location = Location.parse(text)
             if location.is_remote:
                 found = {name: int(item["size"]) for name, item in gcs.list_objects(location.url).items()}
-                found = {name: size for name, size in found.items() if name and "/" not in name}
+                found.pop("", None)
                 if not found:
                     raise HuggingFaceDirectoryError(f"{location}: no such directory, or it holds no file.")
                 return location, found

@@ -143,9 +143,14 @@ def read_remote_header(file: Location, nbytes: int) -> list[HfTensor]:
         prefix += _read_range(file, 8, stop) if stop > 8 else b""
     # The library checks headers of files only. This one has the object's size, and a hole where the data would be.
     with tempfile.NamedTemporaryFile() as copy:
-        copy.write(prefix)
-        copy.truncate(nbytes)
-        copy.flush()
+        try:
+            copy.write(prefix)
+            copy.truncate(nbytes)
+            copy.flush()
+        except OSError as error:
+            raise HuggingFaceDirectoryError(
+                f"{file}: its header cannot be checked in {tempfile.gettempdir()}: {error.strerror}."
+            ) from error
         return _read_header(Path(copy.name), file)
 
 

@@ -105,7 +105,7 @@ def export(
         ReadError, StorageError: the checkpoint cannot be read, or the bucket not be written.
     """
     root = _destination(out)
-    bucket = BucketExport(root) if root.is_remote else None
+    bucket = BucketExport(root, shared=share is not None) if root.is_remote else None
     if share is None or bucket is not None:
         _refuse_occupied(root, shared=share is not None)
     if bucket is not None:
@@ -189,13 +189,13 @@ def _refuse_occupied(root: Location, *, shared: bool) -> None:
     """
     if root.is_remote:
         try:
-            found = gcs.list_objects(root.url, 1, write=True)
+            # Two: the first may be named like the "directory" itself, which is how some tools mark an empty one.
+            found = gcs.list_objects(root.url, 2, recursive=True, write=True).keys() - {""}
         except CheckpointNotFoundError as error:
             raise HuggingFaceDirectoryError(str(error)) from error
-        # An object named like the "directory" itself is how some tools mark an empty one.
-        if (found.keys() - {""}) and not shared:
+        if found and not shared:
             raise HuggingFaceDirectoryError(
-                f"{root}: is not empty (it holds {min(found.keys() - {''})}); nothing is overwritten."
+                f"{root}: is not empty (it holds {min(found)}); nothing is overwritten."
             )
         return
     path = Path(root.url)
@@ -238,7 +238,7 @@ def _write_share(
         return missing
     # Several machines may come here at the same time: what they write is the same.
     if bucket is not None:
-        bucket.write_documents(documents, shared=True)
+        bucket.write_documents(documents)
     else:
         for name, data in documents.items():
             replace_file(Path(root.url) / name, data)

@@ -51,10 +51,11 @@ class BucketExport:
 
     Args:
         root: the "directory".
+        shared: whether other machines write there.
     """
 
-    def __init__(self, root: Location) -> None:
-        self.root = root
+    def __init__(self, root: Location, *, shared: bool) -> None:
+        self.root, self._shared = root, shared
         self._metadata = {_RUN_KEY: uuid.uuid4().hex}
         self._stop = threading.Event()
         self._uploads: list[upload.Upload] = []
@@ -165,40 +166,43 @@ class BucketExport:
                 # Whoever makes tensors need not go on.
                 self._stop.set()
 
-    def write_documents(self, documents: Mapping[str, bytes], *, shared: bool = False) -> None:
-        """Writes small files, in order.
+    def write_documents(self, documents: Mapping[str, bytes]) -> None:
+        """Writes small files, in order. Other machines that share the export may write the same ones.
 
         Args:
             documents: content by name.
-            shared: whether other machines may write the same ones.
 
         Raises:
-            HuggingFaceDirectoryError: one is there, and is not shared.
+            HuggingFaceDirectoryError: one is there, and the export is not shared.
             StorageError: the storage refuses or does not answer.
         """
         for name, data in documents.items():
             try:
                 upload.write_object(self.root / name, data, self._metadata)
             except FileExistsError as error:
-                if not shared:
+                if not self._shared:
                     raise _appeared(self.root / name) from error
 
     def _remove(self) -> None:
         """Removes every object that this process has written."""
-        for opened in self._uploads:
-            opened.cancel()
-        try:
-            for name, found in gcs.list_objects(self.root.url).items():
-                if found.get("metadata", {}).get(_RUN_KEY) == self._metadata[_RUN_KEY]:
-                    upload.delete_object(self.root / name, found["generation"])
-        except MaxTextLoadError as error:
-            logger.warning(
-                "The objects of the export that failed could not be removed from %s: %s Remove them before the next "
-                "attempt: gcloud storage rm --recursive %s",
-                self.root,
-                error,
-                self.root,
-            )
+        with ThreadPoolExecutor(_STREAMS) as pool:
+            try:
+                for _ in pool.map(lambda opened: opened.cancel(), self._uploads):
+                    pass
+                ours = [
+                    (self.root / name, found["generation"])
+                    for name, found in gcs.list_objects(self.root.url).items()
+                    if found.get("metadata", {}).get(_RUN_KEY) == self._metadata[_RUN_KEY]
+                ]
+                for _ in pool.map(lambda found: upload.delete_object(*found), ours):
+                    pass
+            except MaxTextLoadError as error:
+                advice = f"Remove them before the next attempt: gcloud storage rm --recursive {self.root}"
+                if self._shared:
+                    advice = "They are complete files, and are kept when this share is started again."
+                logger.warning(
+                    "What this export has written to %s could not be removed: %s %s", self.root, error, advice
+                )
 
 
 def _appeared(location: Location) -> HuggingFaceDirectoryError:

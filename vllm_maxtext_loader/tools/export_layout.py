@@ -18,6 +18,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 
 from vllm_maxtext_loader.checkpoint.storage import gcs
 from vllm_maxtext_loader.checkpoint.storage.path import Location
+from vllm_maxtext_loader.checkpoint.storage.retry import to_storage_error
 from vllm_maxtext_loader.conversion.plan import Plan, TensorSpec
 from vllm_maxtext_loader.conversion.published import published_tensors
 from vllm_maxtext_loader.errors import HuggingFaceDirectoryError, OptionError
@@ -30,8 +31,6 @@ TEMPORARY_PREFIX = ".incomplete-"
 
 _DIGEST_KEY = "vllm_maxtext_export"
 """Entry of a safetensors header's metadata, in the files that several machines write."""
-
-_MOST_FILES = 100_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,15 +217,9 @@ def complete_files(root: Location, layout: ExportLayout, documents: Collection[s
         HuggingFaceDirectoryError: something else is there.
         StorageError: the storage refuses or does not answer.
     """
-    if not root.is_remote and not os.path.isdir(root.url):
-        return set()
     files = {file.name: file.layout for file in layout.files}
-    found = root.sizes(_MOST_FILES) or {}
     complete: set[str] = set()
-    for name, nbytes in found.items():
-        # The second: how some tools mark an empty "directory".
-        if name.startswith(TEMPORARY_PREFIX) or not name:
-            continue
+    for name, nbytes in _sizes(root).items():
         if name in documents:
             complete.add(name)
             continue
@@ -243,6 +236,24 @@ def complete_files(root: Location, layout: ExportLayout, documents: Collection[s
             )
         complete.add(name)
     return complete
+
+
+def _sizes(root: Location) -> dict[str, int]:
+    """Bytes of the files in a directory, by name; of directories, 0. Without what machines are at work on."""
+    if root.is_remote:
+        # An object named like the "directory" itself is how some tools mark an empty one.
+        return {name: int(found["size"]) for name, found in gcs.list_objects(root.url).items() if name}
+    if not os.path.isdir(root.url):
+        return {}
+    try:
+        with os.scandir(root.url) as entries:
+            return {
+                entry.name: entry.stat().st_size if entry.is_file() else 0
+                for entry in entries
+                if not entry.name.startswith(TEMPORARY_PREFIX)
+            }
+    except OSError as error:
+        raise to_storage_error(f"cannot list {root}", error) from error
 
 
 def _first_bytes(file: Location, count: int) -> bytes:

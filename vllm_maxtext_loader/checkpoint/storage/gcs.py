@@ -132,12 +132,15 @@ def list_sizes(url: str, most: int) -> dict[str, int] | None:
     return None
 
 
-def list_objects(url: str, most: int | None = None, *, write: bool = False) -> dict[str, dict[str, Any]]:
-    """Size, generation and metadata of every object below a "directory", by path relative to it.
+def list_objects(
+    url: str, most: int | None = None, *, recursive: bool = False, write: bool = False
+) -> dict[str, dict[str, Any]]:
+    """Size, generation and metadata of the objects in a "directory", by path relative to it.
 
     Args:
         url: the directory.
         most: objects after which to stop; None means all.
+        recursive: whether those in "directories" below it are listed.
         write: whether the account needs to be allowed to write there.
 
     Raises:
@@ -152,6 +155,7 @@ def list_objects(url: str, most: int | None = None, *, write: bool = False) -> d
         listing = _list_page(
             url,
             prefix=prefix or None,
+            delimiter=None if recursive else "/",
             fields="items(name,size,generation,metadata),nextPageToken",
             maxResults=most,
             pageToken=page,
