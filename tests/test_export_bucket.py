@@ -26,7 +26,7 @@ import transformers
 from typer.testing import CliRunner
 
 import vllm_maxtext_loader.tools.export_bucket as bucket_module
-from support import gcs
+from support import gcs, metadata_only
 from support.checkpoints import cases
 from support.gcs import BUCKET, Fault
 from vllm_maxtext_loader import open_checkpoint
@@ -41,6 +41,7 @@ from vllm_maxtext_loader.errors import (
     StorageError,
 )
 from vllm_maxtext_loader.huggingface.directory import read_hf_directory
+from vllm_maxtext_loader.options import GIB
 from vllm_maxtext_loader.tools.export import ExportResult, export
 from vllm_maxtext_loader.tools.export_layout import Share, make_grouped_layout
 from vllm_maxtext_loader.tools.leaf_groups import (
@@ -635,6 +636,31 @@ def test_groups_share_no_leaf(name: str) -> None:
     passes = split_passes(order, sizes, groups, max(totals.values()))
     assert sum(read_nbytes(restrict(plan, names)) for names in passes) == plan.nbytes
     assert len(passes) > 1
+
+
+@pytest.mark.parametrize("name", ["gemma4-26b", "qwen3-235b-a22b", "llama3.1-405b"])
+def test_documented_reads_of_published_models(name: str, tmp_path: Path) -> None:
+    shapes = metadata_only.leaves(metadata_only.published(name))
+    plan = open_checkpoint(metadata_only.write(tmp_path / "run", shapes)).plan
+    groups, sizes = tensor_groups(plan), {target: spec.nbytes for target, spec in plan.targets.items()}
+    layout = make_grouped_layout(plan, None, 5 * 10**9, None)
+
+    def reads(share: Share, gib: int) -> float:
+        order = [target.name for file in layout.share(share, 0) for target in file.targets]
+        passes = split_passes(order, sizes, groups, gib * GIB)
+        return sum(read_nbytes(restrict(plan, names)) for names in passes) / plan.nbytes
+
+    machines = 16
+    one, most = [], []
+    for gib in (8, 32, 128, 512):
+        one.append(f"{reads(Share(1, 1), gib):.1f}")
+        if len(layout.files) >= machines:
+            shares = [reads(Share(number, machines), gib) for number in range(1, machines + 1)]
+            most.append(f"{max(shares):.1f}")
+    lines = (Path(__file__).parents[1] / "docs/gcs.md").read_text().splitlines()
+    (at,) = [number for number, line in enumerate(lines) if line.startswith(f"| {name},")]
+    assert lines[at].endswith(" | ".join(["", *one, ""]).rstrip())
+    assert not most or lines[at + 1].endswith(" | ".join(["", *most, ""]).rstrip())
 
 
 @pytest.mark.parametrize("place", ["disk", "bucket"])
