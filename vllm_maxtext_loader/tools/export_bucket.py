@@ -62,12 +62,17 @@ class BucketExport:
         self._lock = threading.Lock()
 
     def refuse_read_only(self) -> None:
-        """Refuses a bucket in which nothing may be deleted. That something may be written shows with the first upload.
+        """Refuses a bucket in which objects may not be written and deleted; nothing is.
 
         Raises:
             StorageError: the account may not, or the storage does not answer.
         """
-        upload.delete_object(self.root / f".vllm-maxtext-{self._metadata[_RUN_KEY]}")
+        probe = self.root / f".vllm-maxtext-{self._metadata[_RUN_KEY]}"
+        try:
+            upload.Upload(probe, 1, self._metadata, self._stop).cancel()
+        except FileNotFoundError as error:
+            raise _no_bucket(self.root) from error
+        upload.delete_object(probe)
 
     @contextlib.contextmanager
     def complete_or_removed(self) -> Iterator[None]:
@@ -93,13 +98,8 @@ class BucketExport:
         nbytes = {name: tensor_nbytes(plan.targets[name], dtype) for name in order}
         limit = memory_limit(write.memory_bytes, nbytes, "--memory")
         buffers = _Buffers(nbytes, limit, self._stop, write.on_progress)
-        # Whoever may not write is refused before array data is read.
-        first = self._open(files[0])
         with ThreadPoolExecutor(_STREAMS, "maxtext-upload") as pool:
-            sent = [
-                pool.submit(self._send, file, buffers, first if number == 0 else None)
-                for number, file in enumerate(files)
-            ]
+            sent = [pool.submit(self._send, file, buffers) for file in files]
             try:
                 for names in split_passes(order, nbytes, tensor_groups(plan), limit):
                     self._make(write, restrict(plan, names), buffers)
@@ -146,15 +146,16 @@ class BucketExport:
         except FileExistsError as error:
             raise _appeared(location) from error
         except FileNotFoundError as error:
-            raise HuggingFaceDirectoryError(f"{self.root}: there is no such bucket (any more).") from error
+            raise _no_bucket(self.root) from error
         with self._lock:
             self._uploads.append(opened)
         return opened
 
-    def _send(self, file: OutputFile, buffers: _Buffers, opened: upload.Upload | None) -> None:
+    def _send(self, file: OutputFile, buffers: _Buffers) -> None:
         """Sends one file, each tensor when it is complete."""
+        opened: upload.Upload | None = None
         try:
-            opened = opened or self._open(file)
+            opened = self._open(file)
             opened.write(file.layout.prefix)
             for target in file.targets:
                 opened.write(memoryview(buffers.wait(target.name).reshape(-1).view(np.uint8)))
@@ -203,6 +204,10 @@ class BucketExport:
                 logger.warning(
                     "What this export has written to %s could not be removed: %s %s", self.root, error, advice
                 )
+
+
+def _no_bucket(root: Location) -> HuggingFaceDirectoryError:
+    return HuggingFaceDirectoryError(f"{root}: there is no such bucket (any more).")
 
 
 def _appeared(location: Location) -> HuggingFaceDirectoryError:
