@@ -25,6 +25,7 @@ def test_time_limit_must_be_a_number(monkeypatch: pytest.MonkeyPatch, value: str
     [
         "https://storage.googleapis.com/b/o?X-Goog-Signature=SECRET&X-Goog-Credential=SECRET%2F2026",
         "https://storage.googleapis.com/b/o?GoogleAccessId=SECRET&Expires=1&Signature=SECRET",
+        "https://storage.googleapis.com/upload/storage/v1/b/b/o?name=x&upload_id=SECRET",
         "https://storage.googleapis.com/storage/v1/b?alt=json&key=SECRET",
         "grant_type=x&refresh_token=SECRET&client_secret=SECRET",
         "Authorization: Bearer SECRET.x-y_z",
