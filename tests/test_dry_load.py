@@ -55,14 +55,18 @@ def test_loading_the_published_26b_compiles_few_programs(
         "enable_expert_parallel": expert_parallel,
         "model_loader_extra_config": {"model_name": "gemma4-26b"},
     }
-    steps = tpu_compile.run(run, tmp_path / "dry", arguments=arguments)["filling"]
+    # More memory than any chip has: what is loaded onto one device here is served by several.
+    answer = tpu_compile.run(run, tmp_path / "dry", arguments=arguments, hbm_bytes=100 << 30)
+    steps = answer["filling"]
     assert steps["programs"] + steps["compiled_besides"] <= 16
     assert steps["programs"] == steps["kinds"] + 1
     assert steps["valid_bytes"] > 45 << 30
-    # Tiles are sent whole: what in them does not count is little.
-    assert steps["sent_bytes"] < 1.1 * steps["valid_bytes"]
-    assert steps["tiles"] < 1.2 * steps["valid_bytes"] / steps["tile_bytes"]
-    assert steps["launches"] < (1.2 if devices == 1 or expert_parallel else 0.2) * steps["tiles"]
+    # Tiles are sent whole: what does not count in them is little, and few of them are small.
+    assert steps["sent_bytes"] < 1.02 * steps["valid_bytes"]
+    assert steps["tiles"] < 1.5 * steps["valid_bytes"] / steps["tile_bytes"]
+    # A chunk of experts is one device's where experts are parallel; otherwise all devices have a part of it.
+    if devices == 8 and not expert_parallel:
+        assert steps["launches"] < 0.2 * steps["tiles"]
     # On the host a quarter of the read budget at most.
     assert steps["staged_bytes"] * devices <= steps["budget"] // 4
     assert steps["staged_bytes"] + steps["tile_bytes"] < steps["device_bytes"] / 50
