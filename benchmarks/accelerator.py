@@ -143,6 +143,9 @@ def measure(way: str, checkpoint: str, hf: str, backend: str, devices: int) -> d
             device_bytes=max(
                 (device.memory_stats() or {}).get("bytes_in_use", 0) for device in jax.devices()
             ),
+            state_bytes=sum(
+                shard.data.nbytes for array in state.values() for shard in array.addressable_shards
+            ),
             hashes=hashes(state),
         )
         raise Loaded
@@ -245,7 +248,7 @@ def report(gib: float, floor: dict[str, Any], rows: dict[str, dict[str, Any]], o
             continue
         ratio = f"{row['seconds'] / default:.2f}" if default else "-"
         # The weights are not the host's to hold, except where the device's memory is the host's.
-        peak = row["peak_bytes"] - (gib * load.GIB if on_cpu else 0)
+        peak = row["peak_bytes"] - (row["state_bytes"] if on_cpu else 0)
         print(
             f"{way:<24}{row['seconds']:>9.2f}{row['seconds'] / base:>15.2f}{ratio:>11}"
             f"{peak / load.GIB:>15.2f}{peak / floor['budget']:>10.2f}{row['compiled']:>5} {row['compile_seconds']:.1f} s"

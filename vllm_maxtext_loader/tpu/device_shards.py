@@ -17,6 +17,7 @@ import math
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -37,6 +38,7 @@ _MOST_STAGED = 256 << 20
 _LARGEST_TILE = 4 << 20
 _SMALLEST_TILE = 64 << 10
 _MOST_BUFFERS = 32
+_COMPILERS = 4
 
 _TILE_COLUMNS = 64
 """What a tile costs beyond its bytes, in columns."""
@@ -187,11 +189,11 @@ class Program:
 
     Attributes:
         tile: shape of its tiles.
-        run: see `LocalDevices.update`.
+        compiled: see `LocalDevices.update`.
     """
 
     tile: tuple[int, ...]
-    run: Any
+    compiled: Future[Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -319,6 +321,7 @@ class Staging:
         staged = min(_MOST_STAGED // count, held // _STAGED)
         self.tile_nbytes = min(max(_power_of_two(staged // 4), _SMALLEST_TILE), _LARGEST_TILE)
         self.buffers = min(max(2, staged // self.tile_nbytes), _MOST_BUFFERS)
+        self._compilers = ThreadPoolExecutor(_COMPILERS, thread_name_prefix="maxtext-compile")
         self._lock = threading.Lock()
         self._allocated = False
         # By device: what it was given when it last had no tile, and was told that nothing in it counts.
@@ -337,8 +340,13 @@ class Staging:
         """The program for arrays of a kind. What is written first (`lengths`) decides its tile's shape."""
         if kind not in self.programs:
             tile = kind.tile(lengths, self.tile_nbytes)
-            self.programs[kind] = Program(tile, self.local.update(kind, tile))
+            # Compiled while regions are read, and tiles for it are filled.
+            compiled = self._compilers.submit(self._compile, kind, tile)
+            self.programs[kind] = Program(tile, compiled)
         return self.programs[kind]
+
+    def _compile(self, kind: ShardKind, tile: tuple[int, ...]) -> Any:
+        return self.local.update(kind, tile).lower(*self.local.update_arguments(kind, tile)).compile()
 
     def put(self, array: StagedArray, program: Program, tiles: Sequence[_Tile | None]) -> None:
         """Fills a tile for each device that has one, and puts them into an array."""
@@ -369,10 +377,11 @@ class Staging:
         sent, places = sent[: len(devices)], sent[len(devices) :]
         given = self._together((size * len(devices),), sent)
         place = self._together(where.shape, places)
+        run = program.compiled.result()
         with self._lock:
             self._allocate()
             self._idle = [part if tile is None else None for part, tile in zip(sent, tiles, strict=True)]
-            array.values, buffer.read = program.run(array.values, given, place)
+            array.values, buffer.read = run(array.values, given, place)
 
     def _together(self, shape: tuple[int, ...], parts: list[jax.Array]) -> jax.Array:
         return jax.make_array_from_single_device_arrays(shape, self.local.sharding, parts)
