@@ -6,7 +6,7 @@ It makes a checkpoint of 26B-A4B's layer shapes and its export, as benchmarks/lo
 twice: with an empty compilation cache, and with what the first start left there. The time is split by what the
 server's log says, when it says it:
 
-    imports         until the server names its version
+    imports         until the server names its arguments
     configuration   until the engine's process begins to initialize its engine
     engine          until the loader begins: processes, devices, an empty model
     load            as the loader itself says
@@ -39,7 +39,7 @@ import load
 
 PHASES = ("imports", "configuration", "engine", "load", "warm-up", "first answer")
 START_SECONDS = 600
-_VERSION = "vLLM API server version"
+_ARGUMENTS = "non-default args"
 _ENGINE = "Initializing a V1 LLM engine"
 _LOADED = re.compile(r"Loading weights took ([\d.]+) seconds|Loaded .* tensors, .* in ([\d.]+) s ")
 
@@ -63,7 +63,12 @@ class Log(threading.Thread):
 
     def first(self, text: str) -> float:
         """When a line with `text` was read first."""
-        return next(when for when, line in self.lines if text in line)
+        found = next((when for when, line in self.lines if text in line), None)
+        if found is None:
+            raise RuntimeError(
+                f"the log has no line with {text!r}:\n{''.join(line for _, line in self.lines[:40])}"
+            )
+        return found
 
     def loaded(self) -> tuple[float, float]:
         """When the loader had finished, and the seconds it says it took."""
@@ -140,7 +145,7 @@ def serve(arguments: list[str], environment: dict[str, str]) -> tuple[dict[str, 
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     loaded, seconds = log.loaded()
-    ends = (log.first(_VERSION), log.first(_ENGINE), loaded - seconds, loaded, healthy, answered)
+    ends = (log.first(_ARGUMENTS), log.first(_ENGINE), loaded - seconds, loaded, healthy, answered)
     seconds_of = (b - a for a, b in zip((started, *ends), ends, strict=False))
     return dict(zip(PHASES, seconds_of, strict=True)), peak
 
