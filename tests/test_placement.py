@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from vllm_maxtext_loader.checkpoint.reader import DecodedRegion, Region, _Ring, chunk_regions, read_regions
 from vllm_maxtext_loader.checkpoint.tree import Leaf
 from vllm_maxtext_loader.tpu.columns import ColumnRange, LinearColumns, linear_column_ranges
-from vllm_maxtext_loader.tpu.device_shards import ShardKind, best_width, fill_on_devices
+from vllm_maxtext_loader.tpu.device_shards import fill_on_devices
 from vllm_maxtext_loader.tpu.shards import (
     Block,
     HostShard,
@@ -28,6 +28,7 @@ from vllm_maxtext_loader.tpu.shards import (
     memory_is_host,
     tiles,
 )
+from vllm_maxtext_loader.tpu.tile_programs import ShardKind, best_width
 
 
 @pytest.mark.parametrize("seed", range(20))

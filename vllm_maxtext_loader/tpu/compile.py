@@ -28,7 +28,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from vllm_maxtext_loader import versions
 from vllm_maxtext_loader.cpu_kernels.install import tpu_kernels
 from vllm_maxtext_loader.errors import EngineError
-from vllm_maxtext_loader.tpu.device_shards import LocalDevices, ShardKind
+from vllm_maxtext_loader.tpu.tile_programs import LocalDevices, ShardKind
 
 if TYPE_CHECKING:
     from vllm_maxtext_loader.tpu.dry_load import DryEngine
@@ -177,7 +177,7 @@ class Update:
 
 
 def compile_update(topology: str, kind: ShardKind, tile: tuple[int, ...], devices: int) -> Update:
-    """Compiles the program that fills the arrays of one kind (`device_shards.LocalDevices.update`).
+    """Compiles the program that fills the arrays of one kind (`tile_programs.LocalDevices.update`).
 
     Args:
         topology: libtpu's name.
