@@ -72,6 +72,20 @@ class _ShardCopy:
     offsets: Offsets
 
 
+Weights = dict[tuple[int, str], PendingArray]
+"""By layer (NON_LAYER for what is in none) and leaf name, the array that the leaf is a part of."""
+
+
+def plan_weights(model: nn.Module, plan: Plan, dtype: np.dtype) -> Weights:
+    """The arrays (of `dtype`) of a model that a plan's leaves go to directly."""
+    leaves: Leaves = collections.defaultdict(dict)
+    for entry in plan.leaves:
+        for copy_op in entry.copies:
+            leaf = LayerLeaf(entry.converter, _layer_shape(entry))
+            leaves[_layer(entry, copy_op)][entry.converter.leaf] = leaf
+    return find_weights(model, plan.family, leaves, dtype)
+
+
 def several_processes() -> bool:
     """Whether other processes hold shards of the model, too."""
     return jax.process_count() > 1
@@ -80,29 +94,42 @@ def several_processes() -> bool:
 class ShardWriter:
     """Writes the regions of the leaves it `handles` into the model's arrays.
 
+    Args:
+        model: whose arrays.
+        plan: what is read.
+        dtype: of the arrays.
+        fold_expert_scales: whether scales per expert are multiplied in.
+        weights: the arrays; None means those of `plan_weights`.
+        threads: that copy.
+
     Attributes:
         filled: names of the parameters that have been filled.
         arrays: of the model, that are being filled.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, dtype: np.dtype, fold_expert_scales: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        dtype: np.dtype,
+        fold_expert_scales: bool,
+        *,
+        weights: Weights | None = None,
+        threads: int = _WRITERS,
+    ) -> None:
         self.plan = plan
+        self._threads = threads
         self.fold = fold_expert_scales
         self.scales = ScaleStore()
         self.filled: set[str] = set()
         self._writing: collections.deque[DecodedRegion] = collections.deque()
         self._wrote = 0.0
-        leaves: Leaves = collections.defaultdict(dict)
-        for entry in plan.leaves:
-            for copy_op in entry.copies:
-                leaf = LayerLeaf(entry.converter, _layer_shape(entry))
-                leaves[_layer(entry, copy_op)][entry.converter.leaf] = leaf
         self._model = model
-        self._weights = find_weights(model, plan.family, leaves, dtype)
+        self._weights = plan_weights(model, plan, dtype) if weights is None else weights
         self.arrays = list({id(weight): weight for weight in self._weights.values()}.values())
         on_host = all(memory_is_host(device) for array in self.arrays for device in array.addressable_indices)
-        # A dry load writes nothing, and host memory that is never touched costs nothing.
-        if not on_host and dry_load.current() is None:
+        # A dry load writes nothing, and host memory that is never touched costs nothing. Given arrays are filled as they are.
+        if weights is None and not on_host and dry_load.current() is None:
             fill_on_devices(self.arrays)
 
     def handles(self, entry: LeafConversion) -> bool:
@@ -158,7 +185,7 @@ class ShardWriter:
                 if decoded.last:
                     self._complete(self._entries[decoded.leaf.key])
 
-        with ThreadPoolExecutor(_WRITERS, thread_name_prefix="maxtext-write") as writers:
+        with ThreadPoolExecutor(self._threads, thread_name_prefix="maxtext-write") as writers:
             for decoded in regions:
                 # A leaf of which nothing is needed here has no region.
                 while unfinished[0].leaf.key != decoded.leaf.key:
@@ -236,7 +263,7 @@ class ShardWriter:
             weight = self._weights[_layer(entry, copy_op), entry.converter.leaf]
             weight.missing_leaves.discard(entry.converter.leaf)
             if not weight.missing_leaves:
-                weight.on_complete(weight.array())
+                weight.complete()
                 self.filled.update(weight.parameters)
 
 

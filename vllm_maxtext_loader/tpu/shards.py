@@ -96,6 +96,11 @@ class HostShard:
         target = self._values[tuple(slice(a, a + n) for a, n in zip(offsets, block.shape, strict=True))]
         fill(target, block, scales, convert)
 
+    @property
+    def values(self) -> np.ndarray:
+        """The memory."""
+        return self._values
+
     def array(self) -> jax.Array:
         """The shard on its device; it must not be written to any more."""
         return jax.device_put(self._values, self._device)
@@ -209,6 +214,10 @@ class PendingArray:
             by_device[block.device].append(block)
         for device, parts in by_device.items():
             yield functools.partial(_write, self.shard(device), parts)
+
+    def complete(self) -> None:
+        """Puts the array into the module; called when all leaves are in it."""
+        self.on_complete(self.array())
 
     def array(self) -> jax.Array:
         """The whole array; it must not be written to any more."""
