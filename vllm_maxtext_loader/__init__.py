@@ -15,8 +15,9 @@ from vllm_maxtext_loader.errors import MaxTextLoadError
 
 if TYPE_CHECKING:
     from vllm_maxtext_loader.api import Checkpoint, open_checkpoint
+    from vllm_maxtext_loader.engine.reload import reload
 
-__all__ = ["Checkpoint", "MaxTextLoadError", "open_checkpoint"]
+__all__ = ["Checkpoint", "MaxTextLoadError", "open_checkpoint", "reload"]
 
 
 def __getattr__(name: str) -> Any:
@@ -25,4 +26,8 @@ def __getattr__(name: str) -> Any:
         from vllm_maxtext_loader import api
 
         return getattr(api, name)
+    if name == "reload":
+        from vllm_maxtext_loader.engine.reload import reload
+
+        return reload
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,8 +3,8 @@
 All of them are `MaxTextLoadError`. Storage faults are also `OSError`s, wrong input and configuration `ValueError`s.
 A message names the path, the leaf, what was expected and found, and what to do about it.
 All are raised from metadata, before any array data is read, except `ReadError`, `IncompleteLoadError`, where the
-storage fails later, `StorageError`, and, for vocabulary rows that would be dropped, `ConfigMismatchError`. Every message
-is escaped here (`printable`).
+storage fails later, `StorageError`, for vocabulary rows that would be dropped, `ConfigMismatchError`, and
+`TornWeightsError`. Every message is escaped here (`printable`).
 """
 
 from __future__ import annotations
@@ -108,3 +108,11 @@ class ReadError(MaxTextLoadError, OSError):
 
 class HuggingFaceDirectoryError(MaxTextLoadError, ValueError):
     """A Hugging Face directory cannot be used: missing, damaged, incomplete, or in the way."""
+
+
+class TornWeightsError(MaxTextLoadError, ValueError):
+    """An exchange of weights broke off half-way, and could not be completed: the engine must not answer."""
+
+
+class ReloadError(MaxTextLoadError, ValueError):
+    """Weights cannot be exchanged now: requests run, hosts disagree, or memory is short."""

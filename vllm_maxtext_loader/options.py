@@ -18,6 +18,10 @@ LOAD_FORMAT = "maxtext"
 TRAVELLING = "_maxtext_config_dir"
 """Attribute of a vLLM ModelConfig with the files of the directory that was made for a checkpoint (`engine.config_dir`)."""
 
+SERVED = "_maxtext_served"
+"""Attribute of a vLLM ModelConfig with what the engine starts with: {"path": the checkpoint as the user gave it, "items": where
+it was found, "step": its step or None, "model": ModelConfig.model}."""
+
 GIB = 1 << 30
 
 DIRECT_VARIABLE = "VLLM_MAXTEXT_DIRECT"

@@ -22,7 +22,7 @@ from vllm_maxtext_loader.engine import config_dir
 from vllm_maxtext_loader.engine.probe import Probe, check_vocabulary, no_tokenizer, probe
 from vllm_maxtext_loader.engine.published_config import find_config, matching_config
 from vllm_maxtext_loader.errors import CheckpointNotFoundError, EngineError, NotACheckpointError
-from vllm_maxtext_loader.options import LOAD_FORMAT, Options
+from vllm_maxtext_loader.options import LOAD_FORMAT, SERVED, Options
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -46,10 +46,12 @@ class Prepared:
     Attributes:
         checkpoint: that will be served.
         made: whether `model` is a directory of ours, with a configuration made from the shapes.
+        source: the checkpoint, as the user gave it.
     """
 
     checkpoint: Probe
     made: bool
+    source: str
 
 
 @contextlib.contextmanager
@@ -102,6 +104,12 @@ def make_model_config(args: EngineArgs, create: Callable[[], ModelConfig]) -> Mo
             warn_without_bos(model_config, family.title)
         if checkpoint.dims.has_vision:
             warn_of_causal_images(model_config, family)
+        vars(model_config)[SERVED] = {
+            "path": found.source,
+            "items": checkpoint.items,
+            "step": checkpoint.step,
+            "model": model_config.model,
+        }
         if found.made:
             config_dir.attach(model_config)
         return model_config
@@ -143,16 +151,16 @@ def _prepare(args: EngineArgs) -> Prepared:
     args.model_loader_extra_config = {**options.given(), "checkpoint": checkpoint.items}
     args.tokenizer = checkpoint.tokenizer or args.tokenizer
     if options.checkpoint is not None:
-        return Prepared(checkpoint, made=False)
+        return Prepared(checkpoint, made=False, source=source)
     if args.tokenizer is None and not args.skip_tokenizer_init:
         raise no_tokenizer(source)
     if args.served_model_name is None:
         args.served_model_name = [args.model]
     if args.hf_config_path is not None:
         args.model = args.hf_config_path
-        return Prepared(checkpoint, made=False)
+        return Prepared(checkpoint, made=False, source=source)
     args.model = str(_make_config_dir(args, checkpoint, options.model_name, config))
-    return Prepared(checkpoint, made=True)
+    return Prepared(checkpoint, made=True, source=source)
 
 
 def _make_config_dir(

