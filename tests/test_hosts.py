@@ -14,6 +14,7 @@ import pytest
 
 from support import gcs
 from support.checkpoints import cases
+from support.steps import FIRST, SECOND, write_run
 
 pytestmark = pytest.mark.engine
 
@@ -69,6 +70,15 @@ def hosts(
         }
         for name, (expert_parallel, direct) in SETTINGS.items()
     ]
+    run = write_run(tmp_path_factory.mktemp("run"), CASE)
+    parallel = {"load_format": "maxtext", "tensor_parallel_size": DEVICES, "enable_expert_parallel": True}
+    for name, step, then in (
+        ("second step", SECOND, {}),
+        ("reload", FIRST, {"reload": str(run / str(SECOND))}),
+    ):
+        extra = {"checkpoint": str(run), "step": step}
+        arguments = {**parallel, "model_loader_extra_config": extra}
+        jobs.append({"name": name, "model": str(twin(CASE)), "arguments": arguments, "direct": "1", **then})
     for processes, own in ((1, [{**job, "direct": "1"} for job in jobs]), (2, jobs)):
         (directory / f"jobs-{processes}.json").write_text(json.dumps(own))
     (alone,) = _start(1, directory / "jobs-1.json", directory)
@@ -87,3 +97,9 @@ def test_hosts_hold_together_what_one_holds(
         assert host[name]["shards"] == {
             parameter: {device: sums[device] for device in own} for parameter, sums in wanted.items()
         }
+
+
+def test_each_host_exchanges_its_shards(hosts: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:
+    for answer in (hosts[0], *hosts[1]):
+        assert answer["reload"] == answer["second step"]
+        assert answer["reload"] != answer["expert parallel"]

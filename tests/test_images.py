@@ -8,7 +8,6 @@ an image, which is what tpu-inference 0.32 computes.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,119 +18,55 @@ import torch
 
 from support.checkpoints import cases
 from support.engine import bound, distance, run_jobs
-from tiny_tokenizer import write_tokenizer
+from support.images import (
+    BEGIN,
+    CASE,
+    END,
+    GEMMA3,
+    IMAGE,
+    engine_arguments,
+    write_gemma3,
+    write_gemma4,
+    write_images,
+)
 
 pytestmark = pytest.mark.engine
 
-CASE = "moe_mm"
-SOFT_TOKENS = 70
-"""The fewest that Gemma 4's image processor makes of an image."""
-
-IMAGE, BEGIN, END = 300, 303, 304
-"""Token ids in the twin's config.json."""
-
 BEFORE, AFTER = [2, 17, 99], [41, 8, 120, 7]
-VISION_TOKENS = {"image_token": IMAGE, "boi_token": BEGIN, "eoi_token": END}
-AUDIO_TOKENS = {"audio_token": 302, "boa_token": 305, "eoa_token": 306}
-
-
-GEMMA3 = "gemma3_mm"
-GEMMA3_IMAGE, NEWLINES, GEMMA3_SOFT_TOKENS = 320, (310, 311, 312, 313), 256
-"""The image's token id in the twin's config.json; ids for one to four newlines, which vLLM's processor looks for."""
 
 
 @pytest.fixture(scope="module")
 def directory(twin: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The twin with a tokenizer and an image processor, as a published repository has them."""
-    from transformers import (
-        Gemma4AudioFeatureExtractor,
-        Gemma4ImageProcessor,
-        Gemma4Processor,
-        Gemma4VideoProcessor,
-        PreTrainedTokenizerFast,
-    )
-
-    out = Path(shutil.copytree(twin(CASE), tmp_path_factory.mktemp("images") / "twin"))
-    write_tokenizer(out, vocab_size=320)
-    plain = PreTrainedTokenizerFast.from_pretrained(out)
-    special = {
-        name: plain.convert_ids_to_tokens(number)
-        for name, number in {**VISION_TOKENS, **AUDIO_TOKENS}.items()
-    }
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(out, extra_special_tokens=special)
-    vision = json.loads((out / "config.json").read_text())["vision_config"]
-    sizes = {
-        "patch_size": vision["patch_size"],
-        "pooling_kernel_size": vision["pooling_kernel_size"],
-        "max_soft_tokens": SOFT_TOKENS,
-    }
-    Gemma4Processor(
-        feature_extractor=Gemma4AudioFeatureExtractor(),
-        image_processor=Gemma4ImageProcessor(**sizes),
-        tokenizer=tokenizer,
-        video_processor=Gemma4VideoProcessor(**sizes),
-        image_seq_length=SOFT_TOKENS,
-    ).save_pretrained(out)
-    return out
+    """The twin with a tokenizer and an image processor."""
+    return write_gemma4(twin(CASE), tmp_path_factory.mktemp("images") / "twin")
 
 
 @pytest.fixture(scope="module")
 def gemma3_directory(twin: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Likewise, of Gemma 3."""
-    from transformers import Gemma3ImageProcessor, Gemma3Processor, PreTrainedTokenizerFast
-
-    out = Path(shutil.copytree(twin(GEMMA3), tmp_path_factory.mktemp("gemma3") / "twin"))
-    write_tokenizer(out, vocab_size=336)
-    stored = json.loads((out / "tokenizer.json").read_text())
-    vocabulary = stored["model"]["vocab"]
-    words = {number: word for word, number in vocabulary.items()}
-    for count, number in enumerate(NEWLINES, 1):
-        del vocabulary[words[number]]
-        vocabulary["\n" * count] = number
-    (out / "tokenizer.json").write_text(json.dumps(stored))
-    special = {"image_token": words[GEMMA3_IMAGE], "boi_token": words[BEGIN], "eoi_token": words[END]}
-    size = json.loads((out / "config.json").read_text())["vision_config"]["image_size"]
-    Gemma3Processor(
-        image_processor=Gemma3ImageProcessor(size={"height": size, "width": size}),
-        tokenizer=PreTrainedTokenizerFast.from_pretrained(out, extra_special_tokens=special),
-        image_seq_length=GEMMA3_SOFT_TOKENS,
-    ).save_pretrained(out)
-    return out
+    return write_gemma3(twin(GEMMA3), tmp_path_factory.mktemp("gemma3") / "twin")
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two different images."""
-    from PIL import Image
-
-    paths = []
-    for seed in (1, 2):
-        coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
-        path = tmp_path_factory.getbasetemp() / f"image{seed}.png"
-        Image.fromarray(coarse).resize((160, 120), Image.Resampling.BILINEAR).save(path)
-        paths.append(path)
-    return paths
+    return write_images(tmp_path_factory.mktemp("pictures"))
 
 
-def job(case: str, directory: Path, images: list[Path], placeholder: int, **arguments: Any) -> dict[str, Any]:
+def job(case: str, directory: Path, images: list[Path], placeholder: int) -> dict[str, Any]:
     """An engine that answers after each image."""
-    vocab_size = json.loads((directory / "config.json").read_text())["text_config"]["vocab_size"]
+    arguments = engine_arguments(directory)
     return {
         "name": case,
         "model": str(directory),
         "arguments": {
             "load_format": "maxtext",
             "model_loader_extra_config": {"checkpoint": str(cases()[case].items)},
-            "skip_tokenizer_init": False,
-            "max_logprobs": vocab_size,
-            "max_model_len": 512,
-            "max_num_batched_tokens": 512,
-            "disable_chunked_mm_input": True,
             **arguments,
         },
         "prompts": [[*BEFORE, placeholder, *AFTER]] * len(images),
         "images": [str(image) for image in images],
-        "vocab_size": vocab_size,
+        "vocab_size": arguments["max_logprobs"],
     }
 
 
@@ -140,14 +75,10 @@ def answers(
     directory: Path, gemma3_directory: Path, images: list[Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:
     """What the engines say after each image."""
-    gemma4 = {
-        "limit_mm_per_prompt": {"image": 1, "video": 0, "audio": 0},
-        "mm_processor_kwargs": {"max_soft_tokens": SOFT_TOKENS},
-    }
     jobs = [
-        job(CASE, directory, images, IMAGE, **gemma4),
+        job(CASE, directory, images, IMAGE),
         # vLLM's processor looks for the token that begins an image.
-        job(GEMMA3, gemma3_directory, images, BEGIN, limit_mm_per_prompt={"image": 1}),
+        job(GEMMA3, gemma3_directory, images, BEGIN),
     ]
     found = run_jobs(jobs, tmp_path_factory.mktemp("said"), devices=1)
     for answer in found.values():

@@ -35,8 +35,10 @@ PROMPTS = [
 ]
 
 
-def run_jobs(jobs: list[dict[str, Any]], directory: Path, devices: int) -> dict[str, Any]:
-    """Runs engines in a process of their own with `devices` JAX devices."""
+def run_jobs(
+    jobs: list[dict[str, Any]], directory: Path, devices: int, worker: Path = WORKER
+) -> dict[str, Any]:
+    """Runs engines in a process of their own (`worker`) with `devices` JAX devices."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "jobs.json").write_text(json.dumps(jobs))
     environment = {
@@ -49,7 +51,7 @@ def run_jobs(jobs: list[dict[str, Any]], directory: Path, devices: int) -> dict[
     environment.pop("MODEL_IMPL_TYPE", None)
     with (directory / "log.txt").open("w") as log:
         subprocess.run(
-            [sys.executable, str(WORKER), str(directory / "jobs.json"), str(directory / "answers.json")],
+            [sys.executable, str(worker), str(directory / "jobs.json"), str(directory / "answers.json")],
             env=environment,
             stdout=log,
             stderr=subprocess.STDOUT,

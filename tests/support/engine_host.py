@@ -2,7 +2,8 @@
 
     python engine_host.py ADDRESS PROCESSES PROCESS JOBS.json ANSWERS.json
 
-A job: {"name", "model", "arguments": {…}, "direct": VLLM_MAXTEXT_DIRECT}. Its engine loads and is then given up: what follows asks for a collective of the engine's own hosts (Ray).
+A job: {"name", "model", "arguments": {…}, "direct": VLLM_MAXTEXT_DIRECT, "reload": path}. Its weights are exchanged for those of `reload`, where that
+is given. Its engine loads and is then given up: what follows asks for a collective of the engine's own hosts (Ray).
 An answer: {"shards": {parameter: {device number: CRC-32C of its shard}}}.
 """
 
@@ -44,6 +45,20 @@ def join(address: str, processes: int, process: int) -> None:
     vars(jax)["devices"] = devices
 
 
+def exchange_weights(model: Any, state: dict[str, Any], path: str) -> None:
+    """Puts another checkpoint's weights in the place of a model's, as `update_weights` does."""
+    from vllm_maxtext_loader.engine.origin import Origin
+    from vllm_maxtext_loader.engine.staging import Request, Staging
+    from vllm_maxtext_loader.tpu.swap import exchange, find_slots
+
+    origin = Origin.of(model)
+    assert origin is not None
+    slots = find_slots(model, state)
+    staging = Staging(Request(path, None, None, path), origin, slots, None)
+    staging.wait()
+    exchange(slots, staging.arrays.items(), path)
+
+
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """Loads one model."""
     from tpu_inference.models.vllm.vllm_model_wrapper import VllmModelWrapper
@@ -57,6 +72,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         os.environ["TPU_MULTIHOST_BACKEND"] = "ray"
         numbers = {device: index for index, device in enumerate(jax.devices())}
         state, _ = original(self, *args, **kwargs)
+        if "reload" in job:
+            exchange_weights(self.model.vllm_model, state, job["reload"])
         answer["shards"] = {
             name: {
                 numbers[shard.device]: google_crc32c.value(np.asarray(shard.data).tobytes())
