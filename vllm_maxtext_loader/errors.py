@@ -115,4 +115,8 @@ class TornWeightsError(MaxTextLoadError, ValueError):
 
 
 class ReloadError(MaxTextLoadError, ValueError):
-    """Weights cannot be exchanged now: requests run, hosts disagree, or memory is short."""
+    """Weights cannot be exchanged now: requests run, hosts disagree, memory is short, a server refuses a step."""
+
+
+class ServerError(MaxTextLoadError, OSError):
+    """A running server cannot be reached, does not answer in time, or fails."""

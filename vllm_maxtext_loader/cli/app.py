@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from vllm_maxtext_loader.cli.fit import fit
+from vllm_maxtext_loader.cli.reload import follow, reload
 from vllm_maxtext_loader.cli.runtime import (
     DIFFERENT,
     byte_progress,
@@ -398,6 +399,8 @@ def checksum(
 
 
 _command(fit)
+_command(reload)
+_command(follow)
 
 
 def main() -> None:
