@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from support.checkpoints import cases
+from support.checkpoints import FIXTURES, cases
+from support.weight_server import serving
 
 HIDDEN = ("torch", "vllm", "jax", "jaxlib", "tpu_inference", "torchax")
 
@@ -72,3 +74,11 @@ def test_a_model_with_a_vision_tower(twin: Callable[[str], Path], tmp_path: Path
     items = cases()["moe_mm"].items
     assert "Wrote" in _run("export", items, tmp_path / "out", "--config", twin("moe_mm"))
     assert json.loads(_run("verify", items, tmp_path / "out", "--json"))["same"] is True
+
+
+def test_reload(tmp_path: Path) -> None:
+    for step in ("0", "100"):
+        shutil.copytree(FIXTURES / "moe_v2/checkpoints/0", tmp_path / step)
+    with serving(str(tmp_path / "0" / "items")) as server:
+        assert "serves step 100" in _run("reload", tmp_path, "--url", server.url)
+        server.assert_serves(100)
