@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "vllm_maxtext_loader"
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 MANIFEST = ROOT / "examples" / "kubernetes.yaml"
+FOLLOWING = ROOT / "examples" / "kubernetes_follow.yaml"
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
@@ -151,16 +152,21 @@ def test_variables_of_tensorstore_exist() -> None:
     assert [name for name in names if name.encode() not in content] == []
 
 
-def manifest() -> dict[str, dict[str, Any]]:
+def manifest(file: Path = MANIFEST) -> dict[str, dict[str, Any]]:
     """The example's objects by kind."""
-    return {entry["kind"]: entry for entry in yaml.safe_load_all(MANIFEST.read_text())}
+    return {entry["kind"]: entry for entry in yaml.safe_load_all(file.read_text())}
 
 
-def served_in_manifest() -> str:
-    """Its `vllm serve` command."""
-    (container,) = manifest()["Deployment"]["spec"]["template"]["spec"]["containers"]
-    script = container["args"][0].replace("\\\n", " ")
-    (command,) = re.findall(r"^exec (vllm serve .+)$", script, flags=re.MULTILINE)
+def containers(file: Path) -> dict[str, dict[str, Any]]:
+    """The containers of the example's pod, by name."""
+    pod = manifest(file)["Deployment"]["spec"]["template"]["spec"]
+    return {container["name"]: container for container in pod["containers"]}
+
+
+def command_in_manifest(file: Path = MANIFEST, container: str = "vllm") -> str:
+    """The command that a container of it ends in."""
+    script = containers(file)[container]["args"][0].replace("\\\n", " ")
+    (command,) = re.findall(r"^exec (.+)$", script, flags=re.MULTILINE)
     return command
 
 
@@ -169,7 +175,7 @@ def test_manifest_agrees_with_itself() -> None:
     pod = objects["Deployment"]["spec"]["template"]["spec"]
     labels = objects["Deployment"]["spec"]["template"]["metadata"]["labels"]
     (container,) = pod["containers"]
-    command = shlex.split(served_in_manifest())
+    command = shlex.split(command_in_manifest())
     chips = container["resources"]["limits"]["google.com/tpu"]
     assert container["resources"]["requests"]["google.com/tpu"] == chips
     assert command[command.index("--tensor-parallel-size") + 1] == str(chips)
@@ -191,12 +197,53 @@ def test_manifest_agrees_with_itself() -> None:
     assert startup["periodSeconds"] * startup["failureThreshold"] >= int(timeout)
 
 
+def test_manifest_that_follows_is_the_other_one_with_two_containers() -> None:
+    plain, objects = manifest(), manifest(FOLLOWING)
+    config = objects.pop("ConfigMap")
+    pods = [each["Deployment"]["spec"]["template"]["spec"] for each in (plain, objects)]
+    inside = containers(FOLLOWING)
+    assert list(inside) == ["vllm", "proxy", "follow"]
+    vllm, proxy = inside["vllm"], inside["proxy"]
+    (was,) = pods[0]["containers"]
+    # vLLM's port, and the probes that need it, are the proxy's.
+    for key in ("ports", "startupProbe", "readinessProbe"):
+        served = proxy.pop(key)
+        assert served == was.pop(key) or (key, served[0]["name"]) == ("ports", "http")
+    assert {"name": "VLLM_SERVER_DEV_MODE", "value": "1"} in vllm["env"]
+    vllm["env"].remove({"name": "VLLM_SERVER_DEV_MODE", "value": "1"})
+    commands = [shlex.split(command_in_manifest(file)) for file in (MANIFEST, FOLLOWING)]
+    assert commands[1] == [*commands[0][:-2], "--host", "127.0.0.1", *commands[0][-2:]]
+    assert was.pop("args")[0].replace("--port", "--host 127.0.0.1 --port") == vllm.pop("args")[0]
+    assert vllm == was
+    # Only what is for everybody is passed on, to vLLM's address, which is the one that is followed.
+    address = f"http://127.0.0.1:{commands[1][-1]}"
+    nginx = config["data"]["default.conf"]
+    rules = re.findall(r"location (.+) \{ (.+); \}", nginx)
+    assert rules == [
+        ("/v1/", f"proxy_pass {address}"),
+        ("= /health", f"proxy_pass {address}"),
+        ("/", "return 404"),
+    ]
+    assert re.findall(r"listen (\d+);", nginx) == ["8080"]
+    command = shlex.split(command_in_manifest(FOLLOWING, "follow"))
+    assert command == ["vllm-maxtext", "follow", commands[1][2], "--url", address]
+    assert "follow" in typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    (volume,) = [volume for volume in pods[1]["volumes"] if volume["name"] == "proxy"]
+    assert proxy["volumeMounts"] == [{"name": "proxy", "mountPath": "/etc/nginx/conf.d"}]
+    assert volume["configMap"]["name"] == config["metadata"]["name"]
+    pods[1]["volumes"].remove(volume)
+    for pod in pods:
+        pod.pop("containers")
+    assert pods[1].pop("terminationGracePeriodSeconds") >= 60
+    assert objects == plain
+
+
 @pytest.mark.engine
 def test_vllm_accepts_every_serve_command() -> None:
     """One process parses all of them: vLLM's parser takes seconds to import."""
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("vllm is not installed")
-    commands = [served_in_manifest()]
+    commands = [command_in_manifest(file) for file in (MANIFEST, FOLLOWING)]
     for page in PAGES:
         commands += [
             re.sub(r"^[A-Z_]+=\S+ ", "", code)
