@@ -43,7 +43,6 @@ EQUAL: dict[str, tuple[str, str | None, str]] = {
     "Mistral": ("mistral_scanned", None, "4"),
     "Mixtral": ("mixtral_scanned", None, "4-ep"),
     "Gemma 3": ("gemma3_scanned", None, "8"),
-    "GPT-OSS": ("gptoss_scanned", None, "4-ep"),
 }
 """The first step's fixture, the second one's where it is another, and the tensor parallel size (-ep: expert parallel)."""
 
@@ -317,6 +316,7 @@ REFUSED = {
     "quantization": "quantized weights",
     "kv_transfer_config": "disaggregated serving",
     "speculative_config": "a separate draft model",
+    "model_type": "attention sinks, which tpu-inference compiles into its programs",
 }
 
 

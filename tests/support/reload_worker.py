@@ -406,6 +406,7 @@ def protocol(job: dict[str, Any]) -> dict[str, Any]:
         (config.parallel_config, "data_parallel_size", 2),
         (config.model_config, "quantization", "fp8"),
         (config, "kv_transfer_config", object()),
+        (config.model_config.hf_config, "model_type", "gpt_oss"),
         (config, "speculative_config", SimpleNamespace(draft_model_config=1, target_model_config=2)),
     ):
         with changed(owner, name, value):

@@ -213,6 +213,7 @@ class Family:
         config_tags: tags that a configuration decides and shapes do not show.
         refused_names: MaxText's model names that cannot be loaded by name, and why.
         multimodal_text: prefix of the text model in a checkpoint with a vision tower.
+        compiled_in: parameters that tpu-inference compiles into its programs as constants, in words.
         both_ways_in_images: trained with tokens of an image that attend to all of it, whatever config.json says.
         added_vocab: rows that a configuration may have beyond the stored table, at most; they are zero.
     """
@@ -243,6 +244,7 @@ class Family:
     config_tags: frozenset[str] = frozenset()
     refused_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     multimodal_text: str = "model.language_model."
+    compiled_in: str = ""
     both_ways_in_images: bool = False
     added_vocab: int = 0
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 
+from vllm_maxtext_loader import families
 from vllm_maxtext_loader.checkpoint.find import locate
 from vllm_maxtext_loader.checkpoint.storage.path import Location
 from vllm_maxtext_loader.engine.origin import Origin, run_of
@@ -227,6 +228,7 @@ def why_not(config: VllmConfig) -> str | None:
     """Why the weights of such an engine cannot be exchanged; None where they can."""
     parallel, speculative = config.parallel_config, config.speculative_config
     sharding: Any = getattr(config, "sharding_config", None)
+    family = families.of_model_type(config.model_config.hf_config.model_type, config.model_config.model)
     found = [
         ("LoRA (--enable-lora)", config.lora_config is not None),
         ("pipeline parallelism", parallel.pipeline_parallel_size > 1),
@@ -235,6 +237,7 @@ def why_not(config: VllmConfig) -> str | None:
         ("disaggregated serving", config.kv_transfer_config is not None or bool(os.environ.get("PREFILL_SLICES"))),
         ("a separate draft model", speculative is not None and speculative.draft_model_config is not None
          and speculative.draft_model_config is not speculative.target_model_config),
+        (f"{family.compiled_in}, which tpu-inference compiles into its programs", bool(family.compiled_in)),
     ]  # fmt: skip
     names = [name for name, is_used in found if is_used]
     if not names:

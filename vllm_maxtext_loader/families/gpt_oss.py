@@ -159,6 +159,7 @@ FAMILY = Family(
         "untied": TagField("tie_word_embeddings", "False", "True"),
     },
     kinds={"untied": "an output head of its own"},
+    compiled_in="attention sinks",
     modules=(
         PackedModule(
             "attn.qkv_proj",
