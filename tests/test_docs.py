@@ -238,12 +238,35 @@ def test_manifest_that_follows_is_the_other_one_with_two_containers() -> None:
     assert objects == plain
 
 
+def kuberay_job() -> dict[str, Any]:
+    """The RayJob of the example for several hosts."""
+    documents = yaml.safe_load_all((ROOT / "examples" / "kuberay.yaml").read_text())
+    (job,) = [document for document in documents if document["kind"] == "RayJob"]
+    return job["spec"]
+
+
+def test_kuberay_manifest_agrees_with_itself() -> None:
+    job = kuberay_job()
+    (group,) = job["rayClusterSpec"]["workerGroupSpecs"]
+    (container,) = group["template"]["spec"]["containers"]
+    chips = container["resources"]["limits"]["google.com/tpu"]
+    command = shlex.split(job["entrypoint"])
+    assert container["resources"]["requests"]["google.com/tpu"] == chips
+    assert command[command.index("--tensor-parallel-size") + 1] == str(chips * group["numOfHosts"])
+    # A JSON string in quotes, as the shell that runs `ray start` needs it.
+    assert json.loads(job["entrypointResources"]) == json.loads(
+        json.loads(group["rayStartParams"]["resources"])
+    )
+    assert yaml.safe_load(job["runtimeEnvYAML"])["env_vars"]["TPU_MULTIHOST_BACKEND"] == "ray"
+
+
 @pytest.mark.engine
 def test_vllm_accepts_every_serve_command() -> None:
     """One process parses all of them: vLLM's parser takes seconds to import."""
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("vllm is not installed")
     commands = [command_in_manifest(file) for file in (MANIFEST, FOLLOWING)]
+    commands.append(kuberay_job()["entrypoint"])
     for page in PAGES:
         commands += [
             re.sub(r"^[A-Z_]+=\S+ ", "", code)

@@ -113,6 +113,8 @@ def answers(root: Path, twin: Callable[[str], Path]) -> dict[str, Any]:
         job("language model only", VISION, plain, language_model_only=True),
         job("no images", VISION, plain, limit_mm_per_prompt={"image": 0, "video": {"count": 0}}),
         job("json", DENSE, plain, model_loader_extra_config='{"model_name": "gemma4-31b", "step": 0}'),
+        job("nodes newest", DENSE, plain, data_parallel_size=2, data_parallel_size_local=1),
+        job("nodes step", f"{DENSE}/0", plain, data_parallel_size=2, data_parallel_size_local=1),
         job("not json", DENSE, plain, model_loader_extra_config="{model_name: gemma4-31b}"),
         job("list", DENSE, plain, model_loader_extra_config="[1]"),
         {
@@ -272,3 +274,10 @@ def test_worker_on_another_node_writes_the_directory(answers: dict[str, Any], na
     assert Path(peer["model"]).parent == root / "peer" / "maxtext"
     for fact in ("files", "experts", "vocab", "stops", "sampling", "served"):
         assert peer[fact] == first[fact]
+
+
+def test_newest_step_is_refused_where_nodes_start_one_by_one(answers: dict[str, Any]) -> None:
+    error = answers["nodes newest"]["error"]
+    assert error.startswith(f"EngineError: {DENSE_ITEMS}: no step was named")
+    assert """--model-loader-extra-config '{"step": 0}'""" in error
+    assert "no step was named" not in answers["nodes step"].get("error", "")

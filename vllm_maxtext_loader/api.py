@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -64,6 +65,14 @@ class Checkpoint:
     def location(self) -> ItemLocation:
         """Where it was found."""
         return self.tree.location
+
+    @property
+    def digest(self) -> str:
+        """The same wherever the same checkpoint is found: of where it lies, and of leaves, shapes, dtypes and chunks."""
+        leaves = sorted(
+            (leaf.key, leaf.shape, str(leaf.dtype), leaf.chunks) for leaf in self.tree.leaves.values()
+        )
+        return hashlib.sha256(f"{self.location.items.url} {leaves}".encode()).hexdigest()[:16]
 
     def with_config(self, config: Any) -> Checkpoint:
         """The same checkpoint, planned for a given Hugging Face configuration.

@@ -20,7 +20,7 @@ TRAVELLING = "_maxtext_config_dir"
 
 SERVED = "_maxtext_served"
 """Attribute of a vLLM ModelConfig with what the engine starts with: {"path": the checkpoint as the user gave it, "items": where
-it was found, "step": its step or None, "model": ModelConfig.model}."""
+it was found, "step": its step or None, "model": ModelConfig.model, "digest": of the checkpoint, "versions": by distribution}."""
 
 GIB = 1 << 30
 

@@ -68,6 +68,13 @@ class ItemLocation:
     scan_layers: bool | None = None
     step_directory: Location | None = None
 
+    @property
+    def is_of_run(self) -> bool:
+        """Whether a run was named, and this is a step of it."""
+        if self.step_directory is None:
+            return False
+        return not f"{self.requested.url}/".startswith(f"{self.step_directory.url}/")
+
 
 def locate(path: str | os.PathLike[str], step: int | None = None) -> ItemLocation:
     """Finds the item directory that `path` means, and checks that it was committed.

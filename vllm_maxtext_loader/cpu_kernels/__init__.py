@@ -9,6 +9,7 @@ a kernel.
 from __future__ import annotations
 
 import os
+import sys
 
 from vllm_maxtext_loader import versions
 
@@ -39,3 +40,7 @@ def prepare_environment() -> None:
     """Sets the variables of `ENVIRONMENT` that the user has not set; child processes inherit them."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    # Ray imports JAX in a worker's process before it copies the engine's environment there; JAX has looked by then.
+    jax = sys.modules.get("jax")
+    if jax is not None and not jax.config.jax_platforms:
+        jax.config.update("jax_platforms", "cpu")

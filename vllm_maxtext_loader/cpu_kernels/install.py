@@ -11,6 +11,7 @@ import contextlib
 import functools
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -148,7 +149,7 @@ def check_device_count(vllm_config: Any) -> None:
 
     from vllm_maxtext_loader.cpu_kernels.devices import requested_devices, require_devices
 
-    if jax.distributed.is_initialized():
+    if jax.distributed.is_initialized() or os.environ.get("TPU_MULTIHOST_BACKEND"):
         # How many devices all processes have together is known when their backends have started.
         return
     require_devices(vllm_config.sharding_config.total_devices, requested_devices())

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 
-from vllm_maxtext_loader.engine import config_dir
+from vllm_maxtext_loader.engine import config_dir, nodes
 from vllm_maxtext_loader.engine.probe import Probe, check_vocabulary, no_tokenizer, probe
 from vllm_maxtext_loader.engine.published_config import find_config, matching_config
 from vllm_maxtext_loader.errors import CheckpointNotFoundError, EngineError, NotACheckpointError
@@ -103,12 +103,13 @@ def make_model_config(args: EngineArgs, create: Callable[[], ModelConfig]) -> Mo
         if family.begins_with_bos:
             warn_without_bos(model_config, family.title)
         if checkpoint.dims.has_vision:
-            warn_of_causal_images(model_config, family)
+            warn_of_images(model_config, family)
         vars(model_config)[SERVED] = {
             "path": found.source,
             "items": checkpoint.items,
             "step": checkpoint.step,
             "model": model_config.model,
+            **nodes.decided(checkpoint),
         }
         if found.made:
             config_dir.attach(model_config)
@@ -147,6 +148,7 @@ def _prepare(args: EngineArgs) -> Prepared:
                 f'--model-loader-extra-config \'{{"checkpoint": "gs://… or a path"}}\'.'
             ) from error
         raise
+    nodes.refuse_newest(args, checkpoint)
     # All processes and hosts must load the same step, whatever is committed meanwhile.
     args.model_loader_extra_config = {**options.given(), "checkpoint": checkpoint.items}
     args.tokenizer = checkpoint.tokenizer or args.tokenizer
@@ -308,13 +310,22 @@ def _serve_as_text(args: EngineArgs, checkpoint: Probe, model_config: ModelConfi
     return True
 
 
-def warn_of_causal_images(model_config: ModelConfig, family: Family) -> None:
-    """Says once if a model was trained with images that attend both ways, which tpu-inference 0.32 does not compute."""
+def warn_of_images(model_config: ModelConfig, family: Family) -> None:
+    """Says once what tpu-inference 0.32 does not compute of a model with images, whatever the load format."""
     from vllm.platforms import current_platform
 
     config: Any = model_config.hf_config.get_text_config()
+    if not (model_config.is_multimodal_model and current_platform.is_tpu()):
+        return
+    if getattr(config, "hidden_size_per_layer_input", 0):
+        # Found by compiling: the program of such a step does not read the table.
+        logger.warning_once(
+            "%s: tpu-inference 0.32 leaves out the per-layer embeddings of every token in a step that holds an image, with any "
+            "load format: answers about images are wrong. Steps without images are right; --language-model-only serves text.",
+            family.title,
+        )
     both_ways = family.both_ways_in_images or getattr(config, "use_bidirectional_attention", None) == "vision"
-    if both_ways and model_config.is_multimodal_model and current_platform.is_tpu():
+    if both_ways:
         logger.warning_once(
             "%s was trained with tokens of an image that attend to the whole image. tpu-inference 0.32 computes causal attention "
             "there, with any load format: answers about images deviate a little.",

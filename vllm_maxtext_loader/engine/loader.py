@@ -28,6 +28,7 @@ from vllm.model_executor.model_loader.weight_utils import enable_tqdm
 from vllm_maxtext_loader.api import numpy_dtype
 from vllm_maxtext_loader.checkpoint.statistics import count_nonfinite, sample
 from vllm_maxtext_loader.engine.config_dir import restore
+from vllm_maxtext_loader.engine.nodes import LOADED, compare
 from vllm_maxtext_loader.engine.origin import Origin
 from vllm_maxtext_loader.engine.times import LoadTimes
 from vllm_maxtext_loader.errors import EngineError, IncompleteLoadError
@@ -96,6 +97,7 @@ class MaxTextModelLoader(BaseModelLoader):
         """Builds the empty model; on tpu-inference, layers will move to the device one by one."""
         # The plan is made before the model: a wrong checkpoint must not cost the minutes a model takes to build.
         self._checkpoint = self._open(model_config)
+        compare(model_config, self._checkpoint)
         model = super().create_model(vllm_config, model_config, prefix)
         if _on_tpu_inference():
             from vllm_maxtext_loader.tpu.blueprint import Blueprint
@@ -122,7 +124,7 @@ class MaxTextModelLoader(BaseModelLoader):
         shard_writer: ShardWriter | None = None
         values = NonFiniteWatch(checkpoint.plan.where)
         dry = dry_load.current()
-        progress = LoadProgress(checkpoint, enable_tqdm(self.load_config.use_tqdm_on_load) and dry is None)
+        progress = LoadProgress(checkpoint, dry is None and self._shows_progress())
 
         def on_wait(wait: Wait) -> None:
             # What goes on while others write is not waited for.
@@ -167,9 +169,9 @@ class MaxTextModelLoader(BaseModelLoader):
             logger.info("%s: placed without values. This engine cannot answer.", checkpoint.plan.where)
             return
         self._remember(model, model_config, checkpoint, fold, wanted - filled)
-        progress.report(
-            time.perf_counter() - started, None if shard_writer is None else shard_writer.targets()
-        )
+        seconds = time.perf_counter() - started
+        vars(model)[LOADED] = {"seconds": seconds, "read_bytes": progress.read}
+        progress.report(seconds, None if shard_writer is None else shard_writer.targets())
         values.report()
 
     def get_all_weights(
@@ -238,6 +240,16 @@ class MaxTextModelLoader(BaseModelLoader):
         for note in checkpoint.plan.notes:
             logger.warning("%s: %s", checkpoint.plan.where, note)
         return checkpoint
+
+    def _shows_progress(self) -> bool:
+        """Whether this process shows a progress bar: of several hosts, the first does."""
+        if not enable_tqdm(self.load_config.use_tqdm_on_load):
+            return False
+        if not _on_tpu_inference():
+            return True
+        import jax
+
+        return jax.process_index() == 0
 
     def _places_directly(self, model_config: ModelConfig) -> bool:
         """Whether chunks go straight to the device (tpu-inference, unquantized), without torch in between."""

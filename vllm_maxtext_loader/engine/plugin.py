@@ -12,6 +12,7 @@ but wrapt and the standard library. Each patch is applied when its module is imp
 | tpu_inference.models.common.model_loader | for `maxtext`, MODEL_IMPL_TYPE=auto means vLLM's own model (`tpu`)     |
 | tpu_inference.worker.tpu_worker          | for `maxtext`, another step can be loaded (`worker`)                   |
 | vllm.v1.engine.core                      | for `maxtext`, no cache outlives its weights (`core`)                  |
+| tpu_inference.executors.ray_…            | for `maxtext`, nodes say first what they lack (`nodes`)                |
 | tpu_inference.platforms.tpu_platform     | with JAX_PLATFORMS=cpu only: reference kernels (`cpu_kernels`)         |
 
 A patch that fails is logged as one error and leaves its module as it was; `maxtext` then refuses to load.
@@ -61,6 +62,8 @@ def register() -> None:
     _on_import("tpu_inference.models.common.model_loader", _patch_model_choice)
     _on_import("tpu_inference.worker.tpu_worker", _patch_worker)
     _on_import("vllm.v1.engine.core", _patch_engine_core)
+    for executor in ("ray_distributed_executor", "ray_distributed_executor_v2"):
+        _on_import(f"tpu_inference.executors.{executor}", _patch_ray_executor)
     if cpu_kernels.are_wanted():
         cpu_kernels.prepare_environment()
         _on_import("tpu_inference.platforms.tpu_platform", _install_cpu_kernels)
@@ -216,6 +219,12 @@ def _patch_engine_core(module: ModuleType) -> None:
     from vllm_maxtext_loader.engine.core import extend_engine_core
 
     extend_engine_core(module)
+
+
+def _patch_ray_executor(module: ModuleType) -> None:
+    from vllm_maxtext_loader.engine.nodes import extend_executor
+
+    extend_executor(module)
 
 
 def _install_cpu_kernels(module: ModuleType) -> None:

@@ -34,12 +34,16 @@ class Probe:
         dims: the model's dimensions.
         tokenizer: local directory of the tokenizer, where `probe` was given a path or a gs:// URL of one.
         step: training step; None where no directory's name tells it.
+        digest: see `Checkpoint.digest`.
+        newest: whether the step was chosen as the newest one of a run.
     """
 
     items: str
     dims: ModelDims
     tokenizer: str | None = None
     step: int | None = None
+    digest: str = ""
+    newest: bool = False
 
 
 def probe(
@@ -74,7 +78,14 @@ def probe(
     if draft is not None and _is_path(draft):
         request["draft"] = draft
     found = _ask(request, source)
-    return Probe(found["items"], ModelDims.from_json(found["dims"]), found.get("tokenizer"), found["step"])
+    return Probe(
+        found["items"],
+        ModelDims.from_json(found["dims"]),
+        found.get("tokenizer"),
+        found["step"],
+        found["digest"],
+        found["newest"],
+    )
 
 
 def check_vocabulary(items: str, vocab: int) -> None:
@@ -157,7 +168,13 @@ def _look(request: dict[str, Any]) -> dict[str, Any]:
         plan = make_plan(checkpoint.tree, checkpoint.plan.family, dims.with_sizes(vocab=request["vocab"]))
         refuse_used_rows(checkpoint.tree, plan)
     location = checkpoint.location
-    found: dict[str, Any] = {"items": location.items.url, "step": location.step, "dims": dims.to_json()}
+    found: dict[str, Any] = {
+        "items": location.items.url,
+        "step": location.step,
+        "dims": dims.to_json(),
+        "digest": checkpoint.digest,
+        "newest": request["step"] is None and location.is_of_run,
+    }
     if "draft" in request:
         from vllm_maxtext_loader.engine.tokenizer import refuse_checkpoint_as_draft
 
