@@ -43,7 +43,8 @@ RUN = f"gs://{gcs.BUCKET}/{PREFIX}"
 PROMPT = "a step"
 FACTORS = {100: 1.0, 200: -1.0, 300: 0.5}
 GREEDY = {"temperature": 0, "ignore_eos": True, "return_token_ids": True}
-LONG = 110
+LONG = 400
+"""Tokens: an answer of some seconds, in which a reload begins and ends."""
 
 
 class Steps:
@@ -111,7 +112,9 @@ def server(steps: Steps, tokenizer: Path, tmp_path_factory: pytest.TempPathFacto
     extra = json.dumps({"model_name": MODEL_NAME})
     with (
         gcs.environment(steps.proxy.url, VLLM_SERVER_DEV_MODE="1", VLLM_MAXTEXT_TIMEOUT="10"),
-        serving(RUN, tokenizer, log, "--model-loader-extra-config", extra) as running,
+        serving(
+            RUN, tokenizer, log, "--model-loader-extra-config", extra, "--max-model-len", "512"
+        ) as running,
     ):
         yield running
 
