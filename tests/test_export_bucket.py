@@ -432,11 +432,11 @@ def _start(name: str, url: str, *options: str) -> subprocess.Popen[str]:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_export_leaves_nothing(number: signal.Signals, proxy: gcs.Proxy, url: str) -> None:
     """Some files are complete, others under way, when the signal comes."""
-    reached = threading.Event()
+    reached, signalled = threading.Event(), threading.Event()
 
     def wait() -> None:
         reached.set()
-        time.sleep(1.5)
+        signalled.wait(20)
 
     proxy.faults.append(Fault(r"write .*0000[45]-of", before=wait))
     process = _start("moe_v2", url)
@@ -446,6 +446,8 @@ def test_interrupted_export_leaves_nothing(number: signal.Signals, proxy: gcs.Pr
         time.sleep(0.05)
     assert _names(url), "something is there to be removed"
     process.send_signal(number)
+    time.sleep(1)
+    signalled.set()
     _, said = process.communicate(timeout=60)
     assert process.returncode == (130 if number == signal.SIGINT else 128 + number), said
     assert "Traceback" not in said
