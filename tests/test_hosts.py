@@ -102,4 +102,4 @@ def test_hosts_hold_together_what_one_holds(
 def test_each_host_exchanges_its_shards(hosts: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:
     for answer in (hosts[0], *hosts[1]):
         assert answer["reload"] == answer["second step"]
-        assert answer["reload"] != answer["expert parallel"]
+        assert answer["reload"] != answer["expert parallel, by devices"]
