@@ -134,7 +134,9 @@ def test_devices_hold_the_model_and_one_array(equal: dict[str, Any], case: str) 
 
 
 def test_log_says_what_was_exchanged_and_how_long_it_took(equal: dict[str, Any]) -> None:
-    lines = [line for line in _answer(equal, "dense")["log"] if " now (step " in line]
+    # vLLM takes the handlers off its loggers when the first engine of a process starts.
+    log = _answer(equal, "MoE, another layout")["log"]
+    lines = [line for line in log if " now (step " in line]
     assert len(lines) == 4
     assert f"step {SECOND}; before, step {FIRST}" in lines[0]
     for part in ("GiB read", "arrays exchanged", "staging", "pause"):
