@@ -99,7 +99,7 @@ def _main(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Look into, check and export MaxText's Gemma 4 checkpoints.
+    """Look into, check and export MaxText checkpoints, and bring new steps into running servers.
 
     None of it is needed to serve: vllm serve CKPT --load-format maxtext reads the checkpoint itself.
     """
