@@ -174,12 +174,8 @@ def test_checkpoint_and_export_in_buckets(proxy: gcs.Proxy, url: str, tmp_path: 
     assert {row.dtype[1] for row in report.rows} == {"float32"}
 
 
-@pytest.mark.parametrize("name", ["moe_v2", "moe_unscanned"])
-def test_memory_is_bounded(name: str, proxy: gcs.Proxy, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A scanned leaf fills the tensors of all layers at once; they are made in passes that fit."""
-    plan = open_checkpoint(cases()[name].items).plan
-    sizes = {target: spec.nbytes for target, spec in plan.targets.items()}
-    limit = max(sizes.values())
+def _noted_buffers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The buffers of every export from now on."""
     made: list[Any] = []
 
     class Noted(bucket_module._Buffers):
@@ -188,6 +184,16 @@ def test_memory_is_bounded(name: str, proxy: gcs.Proxy, url: str, monkeypatch: p
             made.append(self)
 
     monkeypatch.setattr(bucket_module, "_Buffers", Noted)
+    return made
+
+
+@pytest.mark.parametrize("name", ["moe_v2", "moe_unscanned"])
+def test_memory_is_bounded(name: str, proxy: gcs.Proxy, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scanned leaf fills the tensors of all layers at once; they are made in passes that fit."""
+    plan = open_checkpoint(cases()[name].items).plan
+    sizes = {target: spec.nbytes for target, spec in plan.targets.items()}
+    limit = max(sizes.values())
+    made = _noted_buffers(monkeypatch)
     regions: list[str] = []
     _export(name, url, memory_bytes=limit, on_region=lambda decoded: regions.append(decoded.leaf.key))
     (buffers,) = made
@@ -220,14 +226,7 @@ def test_slow_bucket_holds_back_what_is_made(
     plan = open_checkpoint(cases()["moe_v2"].items).plan
     limit = 2 * max(target.nbytes for target in plan.targets.values())
     proxy.faults.append(Fault("write .*safetensors", before=lambda: time.sleep(0.05)))
-    made: list[Any] = []
-
-    class Noted(bucket_module._Buffers):
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments)
-            made.append(self)
-
-    monkeypatch.setattr(bucket_module, "_Buffers", Noted)
+    made = _noted_buffers(monkeypatch)
     _export("moe_v2", url, memory_bytes=limit)
     assert limit / 2 < made[0].peak <= limit
     assert _verify("moe_v2", url).same

@@ -13,27 +13,23 @@ from typer.testing import Result
 
 from support.checkpoints import FIXTURES
 from support.damage import CASE, Place
-from support.following import commit, follow, items, vllm_maxtext, write, write_uncommitted
+from support.following import commit, follow, items, one_step, quicken, vllm_maxtext, write, write_uncommitted
 from support.weight_server import Fault, WeightServer, serving
 from vllm_maxtext_loader.checkpoint.names import COMMIT_FILE, TMP_MARK
 from vllm_maxtext_loader.tools import follow as follow_module
-from vllm_maxtext_loader.tools import reload as reload_module
 
 FAST = ("--every", "0.1", "--timeout", "5")
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reload_module, "_ASK_SECONDS", 0.01)
-    monkeypatch.setattr(reload_module, "_SETTLE_SECONDS", 0.2)
+    quicken(monkeypatch)
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Place:
     """A run with step 0."""
-    place = Place(tmp_path, None)
-    write(place, 0)
-    return place
+    return one_step(tmp_path)
 
 
 @pytest.fixture

@@ -15,23 +15,20 @@ import pytest
 from typer.testing import Result
 
 from support.damage import Place
-from support.following import items, vllm_maxtext, write, write_uncommitted
+from support.following import items, one_step, quicken, vllm_maxtext, write, write_uncommitted
 from support.weight_server import SWAP, Fault, WeightServer, serving
 from vllm_maxtext_loader.tools import reload as reload_module
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reload_module, "_ASK_SECONDS", 0.01)
-    monkeypatch.setattr(reload_module, "_SETTLE_SECONDS", 0.2)
+    quicken(monkeypatch)
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Place:
     """A run with step 0."""
-    place = Place(tmp_path, None)
-    write(place, 0)
-    return place
+    return one_step(tmp_path)
 
 
 @pytest.fixture

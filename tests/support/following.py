@@ -11,17 +11,32 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner, Result
 
 from support.checkpoints import FIXTURES
 from support.damage import CASE, Place
 from vllm_maxtext_loader.checkpoint.names import STEP_METADATA, TMP_MARK
 from vllm_maxtext_loader.cli.app import app
+from vllm_maxtext_loader.tools import reload as reload_module
 
 
 def vllm_maxtext(*arguments: object) -> Result:
     """Runs the command in this process, in the main thread."""
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def quicken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets a reload ask and wait for fractions of what a real server takes."""
+    monkeypatch.setattr(reload_module, "_ASK_SECONDS", 0.01)
+    monkeypatch.setattr(reload_module, "_SETTLE_SECONDS", 0.2)
+
+
+def one_step(directory: Path) -> Place:
+    """A run with step 0."""
+    place = Place(directory, None)
+    write(place, 0)
+    return place
 
 
 def items(place: Place, step: int | str) -> str:

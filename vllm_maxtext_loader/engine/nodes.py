@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 from vllm.logger import init_logger
 
 from vllm_maxtext_loader import versions
+from vllm_maxtext_loader.engine.worker import is_maxtext
 from vllm_maxtext_loader.errors import EngineError
-from vllm_maxtext_loader.options import LOAD_FORMAT, SERVED, Options
+from vllm_maxtext_loader.options import SERVED, Options
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -125,14 +126,14 @@ def extend_executor(module: ModuleType) -> None:
     @functools.wraps(initialize_cluster)
     def initialize_ray_cluster(self: Any) -> None:
         initialize_cluster(self)
-        if _is_maxtext(self.vllm_config):
+        if is_maxtext(self.vllm_config):
             reports = _ask_nodes(self.vllm_config)
             check(self.vllm_config, reports)
             _carry(reports)
 
     @functools.wraps(initialize)
     def init_executor(self: Any) -> None:
-        if not _is_maxtext(self.vllm_config):
+        if not is_maxtext(self.vllm_config):
             initialize(self)
             return
         with _restored(_EXTRA):
@@ -266,10 +267,6 @@ def summarize(reports: Sequence[Mapping[str, Any]]) -> None:
         slowest["seconds"],
         slowest["read_bytes"] / (1 << 30),
     )
-
-
-def _is_maxtext(vllm_config: VllmConfig) -> bool:
-    return str(vllm_config.load_config.load_format).lower() == LOAD_FORMAT
 
 
 @contextlib.contextmanager

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import os
 import threading
 import time
@@ -168,7 +167,7 @@ class Staging:
         if self._serving is not None and location.step is not None and location.items == self._serving.items:
             return "serving"
         _Stage(checkpoint, self._origin, self._slots, self).run()
-        self.digest = _digest(checkpoint)
+        self.digest = checkpoint.digest
         logger.info(
             "Staged %s: %.3g GiB read in %.1f s.", location.items, self.read_bytes / GIB, self.seconds
         )
@@ -318,10 +317,3 @@ def _confine() -> None:
     # Some sandboxes do not allow it.
     with contextlib.suppress(OSError):
         os.sched_setaffinity(0, cores[-max(1, len(cores) // _SHARE_OF_CORES) :])
-
-
-def _digest(checkpoint: Checkpoint) -> str:
-    """The same in every process that staged the same step for the same model."""
-    targets = sorted((name, spec.shape) for name, spec in checkpoint.plan.targets.items())
-    content = f"{checkpoint.location.items.url} {checkpoint.location.step} {targets}"
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
