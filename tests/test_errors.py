@@ -12,7 +12,7 @@ from vllm_maxtext_loader import errors
 CLASSES = [
     value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Exception)
 ]
-STORAGE_FAULTS = {errors.CheckpointNotFoundError, errors.StorageError, errors.ReadError}
+STORAGE_FAULTS = {errors.CheckpointNotFoundError, errors.StorageError, errors.ReadError, errors.ServerError}
 
 
 @pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
