@@ -88,21 +88,21 @@ def test_unusable_value_names_key_and_value(key: str, value: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("nbytes", "chunk", "cores", "budget"),
+    ("nbytes", "chunk", "cores", "budget", "remote"),
     [
-        # A sixteenth of the weights, within its bounds.
-        (3 * GIB, 40 << 20, 2, 3 * GIB // 16),
-        (1 << 20, 1 << 18, 8, GIB // 16),
-        (62 * GIB, 1 << 20, 8, 2 * GIB),
-        # Chunks so large that fewer would be in flight than cores could decode: up to an eighth.
-        (48 * GIB, 793 << 20, 4, 4 * (793 << 20)),
-        (48 * GIB, 793 << 20, 180, 6 * GIB),
+        # A sixteenth of the weights, within its bounds; from a bucket three sixteenths more, within theirs.
+        (3 * GIB, 40 << 20, 2, 3 * GIB // 16, 3 * GIB * 4 // 16),
+        (1 << 20, 1 << 18, 8, GIB // 16, 256 << 20),
+        (62 * GIB, 1 << 20, 8, 2 * GIB, 3 * GIB),
+        # Chunks so large that fewer would be in flight than cores could decode: up to an eighth, in all.
+        (48 * GIB, 793 << 20, 4, 4 * (793 << 20), 4 * (793 << 20) + GIB),
+        (48 * GIB, 793 << 20, 180, 6 * GIB, 6 * GIB),
+        (16 * GIB, 793 << 20, 180, 2 * GIB, 2 * GIB),
     ],
 )
-def test_read_budget(nbytes: int, chunk: int, cores: int, budget: int) -> None:
+def test_read_budget(nbytes: int, chunk: int, cores: int, budget: int, remote: int) -> None:
     assert read_budget(None, nbytes, chunk, cores) == budget
-    stored = min(max(3 * nbytes // 16, 192 << 20), GIB)
-    assert read_budget(None, nbytes, chunk, cores, remote=True) == budget + stored
+    assert read_budget(None, nbytes, chunk, cores, remote=True) == remote
     assert read_budget(0.5, nbytes, chunk, cores, remote=True) == GIB // 2
     assert read_budget(0.5, nbytes, chunk, cores) == GIB // 2
 

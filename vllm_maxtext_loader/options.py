@@ -131,15 +131,17 @@ def read_budget(
             published 26B-A4B's experts, converted with MaxText's default of 16 devices, has 793 MB.
         cores: that decode.
         remote: whether the checkpoint is in a bucket. The bytes that are under way need memory, too: three sixteenths of
-            the checkpoint, but at least 192 MiB and at most 1 GiB.
+            the checkpoint, but at least 192 MiB and at most 1 GiB. Both together are at most an eighth of a checkpoint of
+            16 GiB or more.
 
     Raises:
         OptionError: `concurrent_gib` is not positive, or more than this machine's memory.
     """
     if concurrent_gib is not None:
         return _budget(concurrent_gib)
-    decoded = max(min(max(nbytes // 16, GIB // 16), 2 * GIB), min(cores * chunk_nbytes, nbytes // 8))
-    return decoded + min(max(3 * nbytes // 16, _LEAST_STORED), _MOST_STORED) if remote else decoded
+    stored = min(max(3 * nbytes // 16, _LEAST_STORED), _MOST_STORED) if remote else 0
+    decoded = min(max(nbytes // 16, GIB // 16), 2 * GIB)
+    return stored + max(decoded, min(cores * chunk_nbytes, nbytes // 8 - stored))
 
 
 _MOST_STORED = GIB
