@@ -484,6 +484,24 @@ def test_memory_is_shared_by_the_devices(
     assert devices.memory_usage([]) == []
 
 
+def test_arrays_on_the_device_share_no_memory_with_the_host() -> None:
+    def device_array(mesh: Any, *args: Any, sharding: Any = None) -> Any:
+        return jax.device_put(*args, sharding)
+
+    mesh = devices.make_mesh((1,), ("model",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    memory = np.zeros(4096, np.uint8)
+    aligned = memory[-memory.ctypes.data % 64 :][:1024].view(np.int32)
+    for put, seen in ((device_array, 7), (devices.copying(device_array), 0)):
+        aligned[:] = 0
+        one, (two, nothing) = (put(mesh, tree, sharding=sharding) for tree in (aligned, (aligned, None)))
+        aligned[:] = 7
+        assert nothing is None
+        for array in (one, two):
+            assert array.sharding == sharding
+            np.testing.assert_array_equal(array, np.full(256, seen))
+
+
 # ----------------------------------------------------------------------------
 # Installation
 # ----------------------------------------------------------------------------
@@ -531,6 +549,7 @@ def test_everything_to_replace_exists() -> None:
     pairs = [entry[:2] for entry in (*install.REPLACEMENTS, *install.UNAVAILABLE)]
     wanted = {(module, name) for module, name in pairs} | {
         ("tpu_inference.layers.common.attention_interface", "sharded_ragged_paged_attention"),
+        ("tpu_inference.utils", "device_array"),
         ("tpu_inference.layers.jax.sample.sampling", "sample"),
         ("tpu_inference.spec_decode.jax.eagle3", "Eagle3Proposer"),
         ("tpu_inference.spec_decode.jax.eagle3", "_propose"),

@@ -6,12 +6,14 @@ one process starts many engines, one after the other. The tests run this file an
     python engine_worker.py JOBS.json ANSWERS.json
 
 A job: {"name", "model", "arguments": {…}, "environment": {…}, "prompts": [[token ids]], "images": [path], "vocab_size": n, "keep_state": bool,
-"compare": name, "folded": bool, "computed": bool, "forget": name, "max_tokens": n, "lora": path}. `compare` is an earlier job whose state was kept, until a job
-says `forget`. Where there are images, every prompt has one. With an adapter the prompts are answered without it, too ("tokens without").
+"compare": name, "folded": bool, "computed": bool, "forget": name, "max_tokens": n, "lora": path, "late": bool}. `compare` is an earlier job whose state was
+kept, until a job says `forget`. Where there are images, every prompt has one. With an adapter the prompts are answered without it, too ("tokens without").
+With `late` they are answered once more, within `late_steps`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import json
@@ -21,7 +23,7 @@ import pickle
 import shutil
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +181,49 @@ CHANGES: dict[str, Callable[[], Callable[[], None]]] = {
 """What a job can have changed around vLLM's model, each with the way back."""
 
 
+@contextlib.contextmanager
+def late_steps(llm: Any) -> Iterator[None]:
+    """Every step waits for a long computation, so that the next one is prepared before it runs.
+
+    The buffers in which tpu-inference prepares all steps are aligned to 64 bytes: jax.device_put does not copy
+    such memory to a CPU device. numpy aligns to 16 bytes only, so an engine meets this by chance.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    def aligned(array: np.ndarray) -> np.ndarray:
+        memory = np.zeros(array.nbytes + 64, np.uint8)
+        return memory[-memory.ctypes.data % 64 :][: array.nbytes].view(array.dtype)
+
+    @jax.jit
+    def late(token_ids: jax.Array) -> jax.Array:
+        product = jax.lax.fori_loop(0, 1000, lambda _, x: jnp.tanh(x @ x), jnp.ones((128, 128)))
+        # No tanh is above one, which the compiler does not know.
+        return token_ids + (product[0, 0] > 1).astype(token_ids.dtype)
+
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    prepare = runner._prepare_inputs
+
+    def prepare_late(scheduled: Any) -> Any:
+        token_ids, *others = prepare(scheduled)
+        return late(token_ids), *others
+
+    runner.positions_cpu = aligned(runner.positions_cpu)
+    runner.device_buffer.buffer = aligned(runner.device_buffer.buffer)
+    runner._prepare_inputs = prepare_late
+    yield
+    runner._prepare_inputs = prepare
+
+
+def log_probs(outputs: list[Any]) -> list[dict[str, float]]:
+    """Per prompt, the log-probs of the first token, where they were asked for."""
+    return [
+        {str(token): entry.logprob for token, entry in output.outputs[0].logprobs[0].items()}
+        for output in outputs
+        if output.outputs[0].logprobs
+    ]
+
+
 def run(job: dict[str, Any], kept: dict[str, Any]) -> dict[str, Any]:
     """Starts an engine, writes down what was asked for, and shuts it down."""
     from vllm import LLM, SamplingParams
@@ -228,11 +273,13 @@ def run(job: dict[str, Any], kept: dict[str, Any]) -> dict[str, Any]:
             outputs = llm.generate(prompts, parameters, use_tqdm=False, lora_request=adapter)
             answer["prompt_lengths"] = [len(output.prompt_token_ids) for output in outputs]
             answer["tokens"] = [list(output.outputs[0].token_ids) for output in outputs]
-            answer["logprobs"] = [
-                {str(token): entry.logprob for token, entry in output.outputs[0].logprobs[0].items()}
-                for output in outputs
-                if output.outputs[0].logprobs
-            ]
+            answer["logprobs"] = log_probs(outputs)
+            if job.get("late"):
+                # Prompts are computed from their beginnings, and a second token makes a step follow at once.
+                llm.reset_prefix_cache()
+                parameters.max_tokens = 2
+                with late_steps(llm):
+                    answer["logprobs late"] = log_probs(llm.generate(prompts, parameters, use_tqdm=False))
     except Exception as error:
         answer["error"] = f"{type(error).__name__}: {error}"
         answer["traceback"] = traceback.format_exc()

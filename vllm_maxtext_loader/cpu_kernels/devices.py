@@ -1,11 +1,12 @@
-"""Device mesh and memory statistics of JAX's CPU backend, in place of a TPU's."""
+"""Device mesh, memory statistics and transfers of JAX's CPU backend, in place of a TPU's."""
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -77,3 +78,20 @@ def memory_usage(devices: Sequence[Any]) -> list[tuple[int, int]]:
 
 
 # ----------------------------------------------------------------------------
+
+
+def copying(device_array: Callable[..., Any]) -> Callable[..., Any]:
+    """tpu-inference's `device_array`, whose arrays share no memory with the NumPy arrays they are made from.
+
+    Contract: tpu-inference 0.32.0 utils.py, `device_array`. Its runner (runner/tpu_runner.py, `_prepare_inputs`)
+    fills the same buffers, `positions_cpu` and `device_buffer`, for every step. With async scheduling the step
+    before may not have run by then. jax.device_put makes no copy for a CPU device where the buffer is aligned
+    to 64 bytes (jaxlib/py_values.cc, kImmutableZeroCopy), and that step would read the next one's positions.
+    """
+
+    @functools.wraps(device_array)
+    def device_array_of_a_copy(mesh: Mesh, *args: Any, **kwargs: Any) -> Any:
+        copies = jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) else leaf, args)
+        return device_array(mesh, *copies, **kwargs)
+
+    return device_array_of_a_copy

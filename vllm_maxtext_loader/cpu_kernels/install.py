@@ -1,8 +1,9 @@
 """Puts the kernels of this package in place of tpu-inference's. Written against tpu-inference 0.32.0.
 
 Replaced are the Pallas kernels on the way of a plain decoder (ragged paged attention, grouped matmul, the
-SparseCore gathers, flash attention), TPU compiler options, the device mesh and the memory statistics. Kernels of
-other models (MLA, context parallelism) are not replaced: they fail on the CPU, they do not compute something else.
+SparseCore gathers, flash attention), TPU compiler options, the device mesh, the memory statistics, and the
+transfer of a step's inputs. Kernels of other models (MLA, context parallelism) are not replaced: they fail
+on the CPU, they do not compute something else.
 """
 
 from __future__ import annotations
@@ -109,6 +110,8 @@ def replace_kernels() -> None:
     if _replaced:
         return
     require_cpu()
+    from vllm_maxtext_loader.cpu_kernels.devices import copying
+
     missing: list[str] = []
     for module, name, source, function in REPLACEMENTS:
         _try_replace(
@@ -118,6 +121,7 @@ def replace_kernels() -> None:
         _try_replace(module, name, lambda _, w=what: _unavailable(w), missing)
     interface = f"{_LAYERS}.attention_interface"
     _try_replace(interface, "sharded_ragged_paged_attention", allow_hd64_sharing, missing)
+    _try_replace("tpu_inference.utils", "device_array", copying, missing)
     _try_replace("tpu_inference.layers.jax.sample.sampling", "sample", _recompiled_sample, missing)
     _try_replace("tpu_inference.spec_decode.jax.eagle3", "Eagle3Proposer", _recompiled_proposer, missing)
     _replaced = True
