@@ -16,7 +16,7 @@ LOAD_FORMAT = "maxtext"
 """What `--load-format` is for this loader."""
 
 TRAVELLING = "_maxtext_config_dir"
-"""Attribute of a vLLM ModelConfig with the files of the directory that was made for a checkpoint (`engine.config_dir`)."""
+"""Attribute of a vLLM ModelConfig with the files of configuration in its directory (`engine.config_dir`)."""
 
 SERVED = "_maxtext_served"
 """Attribute of a vLLM ModelConfig with what the engine starts with: {"path": the checkpoint as the user gave it, "items": where

@@ -45,12 +45,10 @@ class Prepared:
 
     Attributes:
         checkpoint: that will be served.
-        made: whether `model` is a directory of ours, with a configuration made from the shapes.
         source: the checkpoint, as the user gave it.
     """
 
     checkpoint: Probe
-    made: bool
     source: str
 
 
@@ -111,8 +109,7 @@ def make_model_config(args: EngineArgs, create: Callable[[], ModelConfig]) -> Mo
             "model": model_config.model,
             **nodes.decided(checkpoint),
         }
-        if found.made:
-            config_dir.attach(model_config)
+        config_dir.attach(model_config)
         return model_config
 
 
@@ -153,16 +150,16 @@ def _prepare(args: EngineArgs) -> Prepared:
     args.model_loader_extra_config = {**options.given(), "checkpoint": checkpoint.items}
     args.tokenizer = checkpoint.tokenizer or args.tokenizer
     if options.checkpoint is not None:
-        return Prepared(checkpoint, made=False, source=source)
+        return Prepared(checkpoint, source=source)
     if args.tokenizer is None and not args.skip_tokenizer_init:
         raise no_tokenizer(source)
     if args.served_model_name is None:
         args.served_model_name = [args.model]
     if args.hf_config_path is not None:
         args.model = args.hf_config_path
-        return Prepared(checkpoint, made=False, source=source)
+        return Prepared(checkpoint, source=source)
     args.model = str(_make_config_dir(args, checkpoint, options.model_name, config))
-    return Prepared(checkpoint, made=True, source=source)
+    return Prepared(checkpoint, source=source)
 
 
 def _make_config_dir(

@@ -2,13 +2,14 @@
 
 With the default loader, vLLM finds generation_config.json, the chat template and the image processor's files next to
 config.json. A MaxText checkpoint has none of them; they come from the tokenizer's repository or directory. The directory
-lies on the disk of the node that made it. Its files travel in the ModelConfig, and a worker on another node writes them
-there again.
+lies on the disk of the node that made it, as does one that the user gives instead. Its files of configuration travel in the
+ModelConfig, and a worker on another node writes them there again.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import hashlib
 import json
 import os
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 logger = init_logger("vllm." + __name__)
 
 GENERATION_CONFIG = "generation_config.json"
+
+CONFIG = "config.json"
 
 GENERATION_FILES = (GENERATION_CONFIG, "chat_template*", "tokenizer_config.json")
 """What vLLM samples and chats by. Older repositories keep the chat template in tokenizer_config.json."""
@@ -186,7 +189,7 @@ def write_config_dir(
     else:
         config = make_config(checkpoint.dims, model_name, checkpoint.items)
         preset = choose_preset(checkpoint.dims, model_name, checkpoint.items)
-    contents = {"config.json": json.dumps(config.to_dict(), indent=2, sort_keys=True)}
+    contents = {CONFIG: json.dumps(config.to_dict(), indent=2, sort_keys=True)}
     links = {file.name: file.resolve() for file in files}
     if assume is not None and GENERATION_CONFIG not in links:
         contents[GENERATION_CONFIG] = _assumed_generation_config(preset, assume, config, checkpoint.items)
@@ -199,32 +202,42 @@ def write_config_dir(
             f"read from the checkpoint's shapes; what they cannot tell (sliding window, rope, top-k) is "
             f"{preset.published[0]}'s"
         )
-    logger.info("Configuration: %s: %s", source, directory / "config.json")
+    logger.info("Configuration: %s: %s", source, directory / CONFIG)
     return directory
 
 
 def attach(model_config: ModelConfig) -> None:
-    """Lets the files of the directory travel with the ModelConfig, which vLLM pickles for its workers."""
+    """Lets the directory's files of configuration travel with the ModelConfig, which vLLM pickles for its workers.
+
+    Does nothing where `model` is not a directory with a config.json. Weights do not travel, nor a tokenizer unless a processor of images needs it.
+    """
     directory = Path(model_config.model)
+    if not (directory / CONFIG).is_file():
+        return
+    names = {CONFIG, *GENERATION_FILES, *(PROCESSOR_FILES if model_config.is_multimodal_model else ())}
     vars(model_config)[TRAVELLING] = {
-        file.name: file.read_bytes() for file in sorted(directory.iterdir()) if file.is_file()
+        file.name: file.read_bytes()
+        for file in sorted(directory.iterdir())
+        if file.is_file() and any(fnmatch.fnmatchcase(file.name, name) for name in names)
     }
 
 
 def restore(model_config: ModelConfig) -> None:
-    """Writes the directory on a node that does not have it, and points the ModelConfig there.
+    """Writes the directory on a node that does not have it, or has another one there, and points the ModelConfig to it.
 
-    Does nothing for a ModelConfig whose `model` is not a directory of ours.
+    Does nothing for a ModelConfig that `attach` has left alone.
 
     Raises:
         EngineError: the directory cannot be written.
     """
     contents: dict[str, bytes] | None = vars(model_config).get(TRAVELLING)
-    if contents is None or os.path.isdir(model_config.model):
+    if contents is None or _holds(Path(model_config.model), contents):
         return
     directory = _directory(str(sorted(contents.items())))
     _write(directory, contents, {})
     logger.info("%s is not on this node: written again as %s", model_config.model, directory)
+    if model_config.hf_config_path == model_config.model:
+        model_config.hf_config_path = str(directory)
     model_config.model = str(directory)
     tokenizer: Any = model_config.tokenizer
     if (
@@ -234,6 +247,14 @@ def restore(model_config: ModelConfig) -> None:
         and any(name.startswith("tokenizer.") for name in contents)
     ):
         model_config.tokenizer = str(directory)
+
+
+def _holds(directory: Path, contents: Mapping[str, bytes]) -> bool:
+    """Whether a directory is there with this config.json."""
+    try:
+        return (directory / CONFIG).read_bytes() == contents[CONFIG]
+    except OSError:
+        return False
 
 
 def _directory(content: str) -> Path:
@@ -255,7 +276,7 @@ def _write(directory: Path, contents: Mapping[str, bytes], links: Mapping[str, P
             with contextlib.suppress(FileExistsError):
                 (directory / name).symlink_to(target)
         # config.json last: where it is, everything is.
-        for name, content in sorted(contents.items(), key=lambda item: item[0] == "config.json"):
+        for name, content in sorted(contents.items(), key=lambda item: item[0] == CONFIG):
             path = directory / name
             if not path.exists():
                 temporary = temporary_name(path)
