@@ -120,3 +120,23 @@ class ReloadError(MaxTextLoadError, ValueError):
 
 class ServerError(MaxTextLoadError, OSError):
     """A running server cannot be reached, does not answer in time, or fails."""
+
+
+def describe_error(error: BaseException) -> str:
+    """An error's class and message, for another process; see `restore_error`."""
+    return f"{type(error).__name__}: {error}"
+
+
+def restore_error(described: str, host: str | None = None) -> MaxTextLoadError:
+    """The error of another process.
+
+    Args:
+        described: by `describe_error`. A class that is not of this package becomes a `ReloadError`.
+        host: whose it is, to be named where there are several.
+    """
+    where = "" if host is None else f"Host {host}: "
+    name, _, message = described.partition(": ")
+    kind = globals().get(name)
+    if isinstance(kind, type) and issubclass(kind, MaxTextLoadError):
+        return kind(where + message)
+    return ReloadError(where + described)

@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from vllm_maxtext_loader.engine.worker import is_maxtext, is_ours
-from vllm_maxtext_loader.errors import ReloadError
+from vllm_maxtext_loader.errors import ReloadError, restore_error
 from vllm_maxtext_loader.options import SERVED
 
 _PINNED = "_maxtext_pinned"
@@ -44,10 +44,10 @@ def extend_engine_core(module: ModuleType) -> None:
     def guarded(
         self: Any, method: Any, timeout: float | None = None, args: tuple = (), kwargs: Any = None
     ) -> Any:
-        call = functools.partial(collective_rpc, self, timeout=timeout)
         info = (kwargs or {}).get("update_info", args[0] if args else None)
         if not is_maxtext(self.vllm_config) or not _on_tpu_inference():
-            return call(method, args=args, kwargs=kwargs)
+            return collective_rpc(self, method, timeout, args, kwargs)
+        call = functools.partial(_call, self, functools.partial(collective_rpc, self, timeout=timeout))
         match method:
             case "start_weight_update":
                 _refuse_running(self)
@@ -69,6 +69,38 @@ def extend_engine_core(module: ModuleType) -> None:
 
     core._initialize_kv_caches = with_version
     core.collective_rpc = guarded
+
+
+_METHODS = (
+    "start_weight_update",
+    "update_weights",
+    "finish_weight_update",
+    "abort_weight_update",
+    "pull_weights",
+    "find_weights",
+    "stage_weights",
+    "weight_state",
+    "drop_weights",
+    "tear_weights",
+)
+"""Of the worker, with what `worker.extend_worker` adds."""
+
+
+def _call(core: Any, collective_rpc: _Call, method: Any, args: tuple = (), kwargs: Any = None) -> Any:
+    """Calls a method of all workers; where one raises, when all have answered.
+
+    Raises:
+        MaxTextLoadError: of the first worker that raised one, with its host.
+    """
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+    if method not in _METHODS or isinstance(core.model_executor, UniProcExecutor):
+        return collective_rpc(method, args=args, kwargs=kwargs)
+    answers = collective_rpc("call_and_report", args=(method, args, kwargs or {}))
+    for answer in answers:
+        if answer["error"] is not None:
+            raise restore_error(answer["error"], answer["host"])
+    return [answer["result"] for answer in answers]
 
 
 def weight_version(items: str, step: int | None) -> str:

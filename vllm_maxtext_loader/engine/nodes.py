@@ -21,7 +21,7 @@ from vllm.logger import init_logger
 
 from vllm_maxtext_loader import versions
 from vllm_maxtext_loader.engine.worker import is_maxtext
-from vllm_maxtext_loader.errors import EngineError
+from vllm_maxtext_loader.errors import EngineError, MaxTextLoadError
 from vllm_maxtext_loader.options import SERVED, Options
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def extend_executor(module: ModuleType) -> None:
         if not is_maxtext(self.vllm_config):
             initialize(self)
             return
-        with _restored(_EXTRA):
+        with _restored(_EXTRA), _own_error():
             initialize(self)
         summarize(self.collective_rpc(load_report))
 
@@ -267,6 +267,20 @@ def summarize(reports: Sequence[Mapping[str, Any]]) -> None:
         slowest["seconds"],
         slowest["read_bytes"] / (1 << 30),
     )
+
+
+@contextlib.contextmanager
+def _own_error() -> Iterator[None]:
+    """Raises the error of ours that a worker raised: its sentence ends what the user sees, after Ray's account of it.
+
+    Ray's error has the worker's traceback for a message, and the worker's error as `cause` (ray 2.60.0 exceptions.py).
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(cause := getattr(error, "cause", None), MaxTextLoadError):
+            raise cause from error
+        raise
 
 
 @contextlib.contextmanager

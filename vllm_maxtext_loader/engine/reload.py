@@ -6,7 +6,7 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
-from vllm_maxtext_loader import errors
+from vllm_maxtext_loader.errors import ReloadError, restore_error
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -38,14 +38,8 @@ def reload(llm: LLM, step: int | None = None, path: str | os.PathLike[str] | Non
     info: dict[str, Any] = {"path": None if path is None else os.fspath(path), "step": step}
     engine: Any = llm.llm_engine
     if engine.has_unfinished_requests():
-        raise errors.ReloadError("Requests are in progress. Let `LLM.generate` return first.")
-    while (pulled := llm.collective_rpc("pull_weights", kwargs={"update_info": info})[0])[
-        "state"
-    ] == "staging":
-        time.sleep(_POLL_SECONDS)
-    if pulled["state"] == "failed":
-        raise _error(pulled["error"])
-    if pulled["state"] == "staged":
+        raise ReloadError("Requests are in progress. Let `LLM.generate` return first.")
+    if "staged" in _stage(llm, info):
         # The exchange needs no room that the KV cache takes.
         llm.collective_rpc("start_weight_update", kwargs={"free_kv_cache": False})
         llm.update_weights({"update_info": info})
@@ -56,10 +50,21 @@ def reload(llm: LLM, step: int | None = None, path: str | os.PathLike[str] | Non
     return _NO_STEP if state["step"] is None else state["step"]
 
 
-def _error(described: str) -> errors.MaxTextLoadError:
-    """The error of another process; `described`: its class and message."""
-    name, _, message = described.partition(": ")
-    kind = getattr(errors, name, None)
-    if isinstance(kind, type) and issubclass(kind, errors.MaxTextLoadError):
-        return kind(message)
-    return errors.ReloadError(described)
+def _stage(llm: LLM, info: dict[str, Any]) -> set[str]:
+    """Has all hosts stage a step, and waits for the last of them.
+
+    Returns:
+        The states the hosts are in: "staged", or "serving" where one has this step already.
+
+    Raises:
+        MaxTextLoadError: a host cannot stage it; the others forget it.
+    """
+    while True:
+        pulled = llm.collective_rpc("pull_weights", kwargs={"update_info": info})
+        for found in pulled:
+            if found["state"] == "failed":
+                llm.collective_rpc("drop_weights")
+                raise restore_error(found["error"], found["host"] if len(pulled) > 1 else None)
+        if "staging" not in (states := {found["state"] for found in pulled}):
+            return states
+        time.sleep(_POLL_SECONDS)

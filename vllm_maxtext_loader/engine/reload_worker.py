@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import socket
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,14 @@ from vllm_maxtext_loader import families
 from vllm_maxtext_loader.checkpoint.find import locate
 from vllm_maxtext_loader.checkpoint.storage.path import Location
 from vllm_maxtext_loader.engine.origin import Origin, run_of
-from vllm_maxtext_loader.engine.staging import Request, Staging, describe_error
-from vllm_maxtext_loader.errors import EngineError, MaxTextLoadError, ReloadError, TornWeightsError
+from vllm_maxtext_loader.engine.staging import Request, Staging
+from vllm_maxtext_loader.errors import (
+    EngineError,
+    MaxTextLoadError,
+    ReloadError,
+    TornWeightsError,
+    describe_error,
+)
 from vllm_maxtext_loader.options import GIB
 
 if TYPE_CHECKING:
@@ -120,7 +127,9 @@ class WeightReloader:
         def execute_model(*_: Any, **__: Any) -> Any:
             raise TornWeightsError(reason)
 
-        vars(self._worker)["execute_model"] = execute_model
+        # Not the worker's own: Ray's first executor goes past that (tpu-inference 0.32.0 executors/
+        # ray_distributed_executor.py `execute_model_ray`).
+        vars(self._worker.model_runner)["execute_model"] = execute_model
 
     def _stage(self, update_info: dict[str, Any]) -> Staging:
         """The staging of a request, when it is staged, or served already."""
@@ -154,7 +163,7 @@ class WeightReloader:
         self._settle()
         if self._torn is not None:
             self._torn = None
-            del vars(self._worker)["execute_model"]
+            del vars(self._worker.model_runner)["execute_model"]
         before, self._location = self._location, location
         self._path = staging.request.given
         logger.info(
@@ -214,6 +223,7 @@ class WeightReloader:
 
     def _refused(self, update_info: dict[str, Any], error: MaxTextLoadError) -> dict[str, Any]:
         return {
+            "host": socket.gethostname(),
             "state": "failed",
             "path": update_info.get("path") or self._path,
             "step": update_info.get("step"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -27,7 +28,7 @@ from vllm_maxtext_loader.engine.loader import (
     weights_of,
 )
 from vllm_maxtext_loader.engine.origin import run_of
-from vllm_maxtext_loader.errors import ReloadError
+from vllm_maxtext_loader.errors import ReloadError, describe_error
 from vllm_maxtext_loader.options import GIB, available_nbytes
 
 if TYPE_CHECKING:
@@ -113,6 +114,7 @@ class Staging:
         """How far it is, for JSON."""
         location = self.location
         return {
+            "host": socket.gethostname(),
             "state": self.state,
             "path": self.request.path if location is None else location.items.url,
             "step": self.request.step if location is None else location.step,
@@ -304,11 +306,6 @@ class _Stage:
 def _part_of(array: np.ndarray) -> Callable[[Any, Region], np.ndarray]:
     """An array's values as `Slot.make` asks for them."""
     return lambda _, region: np.ascontiguousarray(array[region])
-
-
-def describe_error(error: BaseException) -> str:
-    """An error's name and message; the name of a class of ours is known to `errors`."""
-    return f"{type(error).__name__}: {error}"
 
 
 def _confine() -> None:

@@ -8,14 +8,19 @@ else, and every engine of another load format, goes to tpu-inference as before.
 from __future__ import annotations
 
 import functools
+import socket
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from vllm_maxtext_loader.errors import EngineError, ReloadError
+from vllm.logger import init_logger
+
+from vllm_maxtext_loader.errors import EngineError, MaxTextLoadError, ReloadError, describe_error
 from vllm_maxtext_loader.options import LOAD_FORMAT
 
 if TYPE_CHECKING:
     from vllm_maxtext_loader.engine.reload_worker import WeightReloader
+
+logger = init_logger("vllm." + __name__)
 
 _ATTRIBUTE = "_maxtext_reloader"
 _KEYS = ("path", "step")
@@ -38,11 +43,21 @@ def extend_worker(module: ModuleType) -> None:
         module: tpu_inference.worker.tpu_worker.
     """
     worker_class: Any = module.TPUWorker
-    start, update, finish = (
+    start, update, finish, load = (
         worker_class.start_weight_update,
         worker_class.update_weights,
         worker_class.finish_weight_update,
+        worker_class.load_model,
     )
+
+    @functools.wraps(load)
+    def load_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return load(self, *args, **kwargs)
+        except MaxTextLoadError as error:
+            if _is_alone() or str(error).startswith("Host "):
+                raise
+            raise type(error)(f"Host {socket.gethostname()}: {error}") from error
 
     @functools.wraps(start)
     def start_weight_update(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -70,10 +85,39 @@ def extend_worker(module: ModuleType) -> None:
         if self._weight_update_active:
             finish(self)  # It gives the KV cache back.
 
-    for function in (start_weight_update, update_weights, finish_weight_update, abort_weight_update):
+    for function in (
+        load_model,
+        start_weight_update,
+        update_weights,
+        finish_weight_update,
+        abort_weight_update,
+        pull_weights,
+        find_weights,
+        stage_weights,
+        weight_state,
+        drop_weights,
+        tear_weights,
+        call_and_report,
+    ):
         setattr(worker_class, function.__name__, function)
-    for function in (pull_weights, find_weights, stage_weights, weight_state, drop_weights, tear_weights):
-        setattr(worker_class, function.__name__, function)
+
+
+def call_and_report(self: Any, method: str, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Calls a method of the worker; what it raises is an answer, too.
+
+    Of several workers' answers vLLM reads none after the first error (0.32.0 v1/executor/multiproc_executor.py
+    `collective_rpc`, which Ray's second executor shares): the next call would be given this one's.
+
+    Returns:
+        {"host", "result", "error": `describe_error`, or None}
+    """
+    answer: dict[str, Any] = {"host": socket.gethostname(), "result": None, "error": None}
+    try:
+        answer["result"] = getattr(self, method)(*args, **kwargs)
+    except Exception as error:
+        logger.exception("%s failed.", method)
+        answer["error"] = describe_error(error)
+    return answer
 
 
 def pull_weights(self: Any, update_info: dict[str, Any]) -> dict[str, Any]:
@@ -104,6 +148,13 @@ def drop_weights(self: Any) -> None:
 def tear_weights(self: Any, reason: str) -> None:
     """See `WeightReloader.tear`."""
     _reloader(self).tear(reason)
+
+
+def _is_alone() -> bool:
+    """Whether this process has all of the engine's devices."""
+    import jax
+
+    return jax.process_count() == 1
 
 
 def _reloader(worker: Any) -> WeightReloader:

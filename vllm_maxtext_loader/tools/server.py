@@ -114,7 +114,7 @@ class Server:
         found = self._workers("pull_weights", keys, update_info=update)
         # A failure of any worker counts, then what the slowest does.
         state: State = min((worker["state"] for worker in found), key=_STATES.index)
-        errors = list(dict.fromkeys(worker["error"] for worker in found if worker["error"]))
+        errors = dict.fromkeys(_error_of(worker, len(found)) for worker in found if worker["error"])
         return Staging(
             state=state,
             read_bytes=sum(worker["read_bytes"] or 0 for worker in found),
@@ -244,6 +244,13 @@ def _is_state(worker: Any, keys: tuple[str, ...]) -> bool:
         isinstance(worker, dict)
         and all(key in worker for key in keys)
         and worker.get("state", "failed") in _STATES
+    )
+
+
+def _error_of(worker: dict[str, Any], workers: int) -> str:
+    """What a worker says is wrong; with its host, where there are several."""
+    return (
+        f"Host {worker['host']}: {worker['error']}" if workers > 1 and "host" in worker else worker["error"]
     )
 
 
