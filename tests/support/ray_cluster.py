@@ -9,12 +9,12 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from support import gcs
-from support.ray_process import COORDINATOR, FAULT, NODE, NODES
+from support.ray_process import COORDINATOR, FAULT, NODE, NODES, STORAGE
 
 PROCESS = Path(__file__).with_name("ray_process.py")
 CHIPS = 2
@@ -22,18 +22,19 @@ CHIPS = 2
 
 
 class Cluster:
-    """Two nodes.
+    """Two nodes, and a process that starts engines on them, one after the other.
 
     Args:
         directory: for homes, logs and answers; a short path, since Ray puts sockets below it.
         package: directory that is on the nodes' Python path, with this package in it.
+        storage: URLs of the storage, for the first node and the second one.
 
     Attributes:
         fault: file that says what goes wrong on the second node; see `ray_process`.
         site: a directory on the second node's Python path only.
     """
 
-    def __init__(self, directory: Path, package: Path) -> None:
+    def __init__(self, directory: Path, package: Path, storage: tuple[str, str]) -> None:
         self.directory = directory
         self.homes = [directory / f"home{number}" for number in range(NODES)]
         self.fault = directory / "fault"
@@ -41,6 +42,9 @@ class Cluster:
         self._coordinator = directory / "coordinator"
         self._port = gcs.free_port()
         self._nodes: list[subprocess.Popen[bytes]] = []
+        self._driver: subprocess.Popen[str] | None = None
+        self._log = directory / "driver.log"
+        self._storage = storage[0]
         for path in (*self.homes, self.site):
             path.mkdir()
         self.fault.touch()
@@ -62,10 +66,12 @@ class Cluster:
             "OMP_NUM_THREADS": "1",
             COORDINATOR: str(self._coordinator),
             FAULT: str(self.fault),
+            STORAGE: storage[1],
         }
 
     def start(self) -> None:
-        """Starts both nodes."""
+        """Starts both nodes, and meanwhile the process that starts engines."""
+        self._start_driver()
         for number in range(NODES):
             environment = {**self._common, "HOME": str(self.homes[number]), NODE: str(number)}
             command = [sys.executable, str(PROCESS), "node", str(self._port), str(number), str(CHIPS)]
@@ -79,65 +85,129 @@ class Cluster:
                 self._nodes.append(
                     subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT)
                 )
-            deadline = time.monotonic() + 90
-            while not (self.directory / f"up{number}").exists():
-                assert self._nodes[-1].poll() is None, log.read_text()
-                assert time.monotonic() < deadline, log.read_text()
-                time.sleep(0.1)
+            _wait_for(self.directory / f"up{number}", self._nodes[-1], log, 90)
 
     def stop(self) -> None:
-        """Ends both."""
-        for node in reversed(self._nodes):
-            node.terminate()
-        for node in self._nodes:
+        """Ends all of them."""
+        processes = [*reversed(self._nodes), *([self._driver] if self._driver else [])]
+        for process in processes:
+            process.terminate()
+        for process in processes:
             try:
-                node.wait(20)
+                process.wait(20)
             except subprocess.TimeoutExpired:
-                node.kill()
+                process.kill()
 
     def run(
-        self, name: str, arguments: dict[str, Any], *, version: int = 1, ray: bool = True, **environment: str
+        self,
+        name: str,
+        arguments: dict[str, Any],
+        *,
+        version: int | None = 1,
+        reloads: Sequence[dict[str, Any]] = (),
+        **environment: str,
     ) -> dict[str, Any]:
-        """Starts an engine over both nodes, or in one process with as many devices, and asks it.
+        """Starts an engine, asks it, and ends it.
+
+        Args:
+            name: of the answer's file.
+            arguments: the engine's.
+            version: of the Ray executor; None means one process with as many devices.
+            reloads: what is brought into the engine afterwards; see `ray_process`.
+            environment: of the process that starts it, in addition.
 
         Returns:
-            What `ray_process.drive` writes, and "log".
+            What `ray_process.drive` writes; "log"; and "left", processes of the engine that have not ended.
         """
         self._coordinator.write_text(f"127.0.0.1:{gcs.free_port()}")
+        answer = self.directory / f"{name}.json"
+        own = {} if version is None else {"TPU_MULTIHOST_BACKEND": "ray", **_executor(version)}
         request = {
             "arguments": {"tensor_parallel_size": CHIPS * NODES, **arguments},
             "prompts": [[2, 5, 7, 11, 13], [2, 100, 90, 80, 70, 60, 50]],
-            "answer": str(self.directory / f"{name}.json"),
+            "reloads": list(reloads),
+            "environment": {**own, **environment},
+            "answer": str(answer),
         }
-        (self.directory / "request.json").write_text(json.dumps(request))
-        own = (
-            {"TPU_MULTIHOST_BACKEND": "ray", "RAY_ADDRESS": f"127.0.0.1:{self._port}"}
-            if ray
-            else {"XLA_FLAGS": f"--xla_force_host_platform_device_count={CHIPS * NODES}"}
-        )
-        log = self.directory / f"{name}.log"
-        with log.open("w") as out:
-            subprocess.run(
-                [sys.executable, str(PROCESS), "drive", str(self.directory / "request.json")],
+        if self._driver is None or self._driver.poll() is not None:
+            self._start_driver()
+        assert self._driver is not None
+        assert self._driver.stdin is not None
+        begins = self._log.stat().st_size
+        self._driver.stdin.write(json.dumps(request) + "\n")
+        self._driver.stdin.flush()
+        _wait_for(answer, self._driver, self._log, 300)
+        with self._log.open("rb") as log:
+            log.seek(begins)
+            said = log.read().decode(errors="replace")
+        return {**json.loads(answer.read_text()), "log": said, "left": self._left()}
+
+    def write(self, number: int, path: Path, text: str) -> None:
+        """Writes a file as one of the nodes sees it."""
+        # The second one has an empty directory of its own in the place of the first one's home.
+        (Path(f"/proc/{self._nodes[number].pid}/root") / path.relative_to("/")).write_text(text)
+
+    def _start_driver(self) -> None:
+        with self._log.open("a") as out:
+            self._driver = subprocess.Popen(
+                [sys.executable, str(PROCESS), "drive"],
                 env={
                     **self._common,
                     "HOME": str(self.homes[0]),
                     "JAX_PLATFORMS": "cpu",
-                    "VLLM_USE_RAY_V2_EXECUTOR_BACKEND": str(version - 1),
+                    "XLA_FLAGS": f"--xla_force_host_platform_device_count={CHIPS * NODES}",
+                    "RAY_ADDRESS": f"127.0.0.1:{self._port}",
                     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
                     "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
                     "VLLM_CPU_KVCACHE_SPACE": "1",
-                    **own,
-                    **environment,
+                    # vLLM sets it, too late in a process where Ray's graphs are imported already.
+                    "RAY_CGRAPH_get_timeout": "300",
+                    # What only the process that starts the engine has in its environment.
+                    "STORAGE_EMULATOR_HOST": self._storage,
+                    "TENSORSTORE_GCS_HTTP_URL": self._storage,
+                    "GOOGLE_CLOUD_PROJECT": "a-project",
                 },
                 cwd=self.homes[0],
+                stdin=subprocess.PIPE,
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                timeout=400,
-                check=True,
+                text=True,
             )
-        answer = json.loads(Path(request["answer"]).read_text())
-        return {**answer, "log": log.read_text(errors="replace")}
+
+    def _left(self) -> list[str]:
+        """Processes on the nodes that have loaded JAX, and have not ended 20 seconds after their engine."""
+        deadline = time.monotonic() + 20
+        while found := [str(process) for process in Path("/proc").glob("[0-9]*") if self._is_worker(process)]:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.1)
+        return found
+
+    def _is_worker(self, process: Path) -> bool:
+        try:
+            environment = (process / "environ").read_text(errors="replace").split("\0")
+            return (
+                f"{COORDINATOR}={self._coordinator}" in environment
+                and any(variable.startswith(f"{NODE}=") for variable in environment)
+                and "jaxlib" in (process / "maps").read_text(errors="replace")
+            )
+        except OSError:
+            return False  # It has ended.
+
+
+def _executor(version: int) -> dict[str, str]:
+    return {"VLLM_USE_RAY_V2_EXECUTOR_BACKEND": str(version - 1)}
+
+
+def _wait_for(path: Path, process: subprocess.Popen[Any], log: Path, seconds: float) -> None:
+    """Returns when a process has made a file."""
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, log.read_text(errors="replace")[-5000:]
+        if time.monotonic() > deadline:
+            process.kill()
+            raise AssertionError(f"no {path} after {seconds:g} s: {log.read_text(errors='replace')[-5000:]}")
+        time.sleep(0.05)
 
 
 def can_hide() -> bool:
