@@ -52,3 +52,18 @@ def test_os_errors_take_one_argument_only() -> None:
 def test_non_printable_characters_are_escaped(name: str, shown: str) -> None:
     assert errors.printable(name) == shown
     assert str(errors.ReadError(name)) == shown
+
+
+@pytest.mark.parametrize("kind", [errors.ReadError, errors.StorageError, errors.TornWeightsError])
+def test_error_of_another_process_is_restored(kind: type[errors.MaxTextLoadError]) -> None:
+    described = errors.describe_error(kind("gs://b/run/100: what: is wrong"))
+    restored = errors.restore_error(described, "tpu-3")
+    assert type(restored) is kind
+    assert str(restored) == "Host tpu-3: gs://b/run/100: what: is wrong"
+    assert str(errors.restore_error(described)) == "gs://b/run/100: what: is wrong"
+
+
+def test_error_of_another_class_becomes_one_of_ours() -> None:
+    restored = errors.restore_error(errors.describe_error(RuntimeError("RESOURCE_EXHAUSTED")))
+    assert type(restored) is errors.ReloadError
+    assert str(restored) == "RuntimeError: RESOURCE_EXHAUSTED"

@@ -284,7 +284,8 @@ def assert_ended(answer: dict[str, Any], sentence: str) -> None:
     """The start ended soon, on all hosts, with one host's sentence."""
     kind, _, message = answer["error"].partition(": ")
     assert issubclass(getattr(errors, kind), errors.MaxTextLoadError)
-    assert message.startswith(f"Host {socket.gethostname()}: gs://")
+    assert message.startswith(f"Host {socket.gethostname()}: ")
+    assert f"gs://{gcs.BUCKET}/{PREFIX}/" in message
     assert sentence in message
     assert answer["seconds"] < 120
     assert answer["left"] == []

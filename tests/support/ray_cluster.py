@@ -47,6 +47,10 @@ class Cluster:
         self._storage = storage[0]
         for path in (*self.homes, self.site):
             path.mkdir()
+        known = Path("~/.cache/vllm/modelinfos").expanduser()
+        if known.is_dir():
+            # Otherwise vLLM imports the model's class in a process of its own, once per home.
+            shutil.copytree(known, self.homes[0] / ".cache" / "vllm" / "modelinfos")
         self.fault.touch()
         self._plugin = _plugin_site(directory / "plugin")
         self._common = {

@@ -7,7 +7,6 @@ What JAX's CPU backend lacks of a TPU slice is supplied by the plugin, in the wo
  1. The processes join (on a TPU, libtpu joins them).
  2. jax.devices("cpu") are the process's own (tpu-inference counts on that; on a TPU the host's processors are no part of the slice).
  3. Hosts are ordered by their process number (CPU devices have no coordinates).
- 4. Programs run in the order in which they are dispatched.
 """
 
 from __future__ import annotations
@@ -41,8 +40,6 @@ def register() -> None:
     import wrapt
 
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    # Gloo takes two programs' collectives for each other where a host starts them in another order than its neighbour.
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
     coordinator = Path(os.environ[COORDINATOR]).read_text()
     jax.distributed.initialize(coordinator, NODES, int(number), initialization_timeout=120)
     everywhere = jax.devices
