@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
 
+    from vllm_maxtext_loader.checkpoint.exchange.exchange import Exchange
+
 logger = logging.getLogger("vllm." + __name__)
 
 
@@ -105,6 +107,7 @@ class Checkpoint:
         on_wait: Callable[[Wait], None] | None = None,
         needed: Callable[[Leaf, Region], bool] | None = None,
         transfers: Transfers | None = None,
+        exchange: Exchange | None = None,
     ) -> Iterator[DecodedRegion]:
         """Decoded regions of the planned leaves, in stored order. Reading begins with the call.
 
@@ -112,6 +115,7 @@ class Checkpoint:
             on_wait: told how long each region of decoded data was waited for.
             needed: whether a region is wanted; regions that are not are not read. None means all are.
             transfers: what is fetched from a bucket is added to it.
+            exchange: with other hosts, of regions; `needed` is then not asked.
 
         Raises:
             ReadError: a chunk is missing, truncated or corrupt.
@@ -127,6 +131,7 @@ class Checkpoint:
             needed=needed,
             on_wait=on_wait,
             transfers=transfers,
+            exchange=exchange,
         )
 
     def hf_weights(

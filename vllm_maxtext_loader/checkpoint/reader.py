@@ -20,7 +20,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tensorstore as ts
@@ -35,6 +35,9 @@ from vllm_maxtext_loader.checkpoint.storage.stall import Pending, StallDetector
 from vllm_maxtext_loader.checkpoint.tree import Leaf
 from vllm_maxtext_loader.errors import MaxTextLoadError
 from vllm_maxtext_loader.options import fetch_window
+
+if TYPE_CHECKING:
+    from vllm_maxtext_loader.checkpoint.exchange.exchange import Exchange
 
 _REGIONS_IN_FLIGHT = 4
 """Regions the budget is divided into: some are converted or placed while the others are fetched and decoded."""
@@ -53,10 +56,12 @@ class Wait:
         seconds: in all.
         network: seconds of these in which the region's bytes had not arrived; the rest was decoding. None where that
             is not known.
+        is_for_host: whether another host reads the region, and was waited for.
     """
 
     seconds: float
     network: float | None
+    is_for_host: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +75,7 @@ class DecodedRegion:
             next region is asked for, and until all `readers` are done.
         last: whether this completes the leaf.
         readers: futures of what still reads `array` when the next region is requested; consumers append them.
+        source: the host (number of its process) that has read it and sent it here; None where it was read here.
     """
 
     leaf: Leaf
@@ -77,6 +83,7 @@ class DecodedRegion:
     array: np.ndarray
     last: bool
     readers: list[Future[None]] = dataclasses.field(default_factory=list)
+    source: int | None = None
 
     @property
     def busy(self) -> bool:
@@ -177,6 +184,7 @@ def read_regions(
     needed: Callable[[Leaf, Region], bool] | None = None,
     on_wait: Callable[[Wait], None] | None = None,
     transfers: Transfers | None = None,
+    exchange: Exchange | None = None,
 ) -> Iterator[DecodedRegion]:
     """Every region of every leaf, in order. Reading begins with the call and prefetches ahead of the consumer.
 
@@ -191,6 +199,8 @@ def read_regions(
             None means all are.
         on_wait: told how long each region was waited for.
         transfers: what is fetched from a bucket is added to it.
+        exchange: with other hosts; says which regions are read here, and which are received. None means that this host reads
+            for itself.
 
     Raises:
         ReadError: a chunk is missing, truncated or corrupt; when its region is asked for.
@@ -200,20 +210,15 @@ def read_regions(
     opened = (arrays[leaf.key] for leaf in leaves if leaf.key in arrays)
     remote = next((is_remote(array) for array in opened if array.kvstore is not None), False)
     window = fetch_window(budget) if remote else 0
-    limit = max(1, (budget - window) // _REGIONS_IN_FLIGHT)
-    regions = (
-        (leaf, region, index == len(cut) - 1)
-        for leaf in leaves
-        for cut in [
-            [region for region in chunk_regions(leaf, limit) if needed is None or needed(leaf, region)]
-        ]
-        for index, region in enumerate(cut)
-    )
+    if exchange is not None:
+        regions = exchange.reads()
+    else:
+        regions = _own_reads(leaves, _region_limit(budget, window), needed)
     if remote:
         reads = RemoteReads(regions, arrays, window, budget - window, transfers or Transfers())
     else:
         reads = LocalReads(regions)
-    prefetcher = _Prefetcher(reads, arrays, _Ring(budget - window), outer or {})
+    prefetcher = _Prefetcher(reads, arrays, _Ring(budget - window), outer or {}, exchange)
     watch = StallDetector(where)
     prefetcher.request()
     completed = _completed_reads(prefetcher, watch, on_wait)
@@ -222,16 +227,38 @@ def read_regions(
     return completed
 
 
+def region_limit(budget: int) -> int:
+    """Bytes of a region that is read from a bucket; what hosts that exchange regions must agree on.
+
+    Args:
+        budget: see `read_regions`.
+    """
+    return _region_limit(budget, fetch_window(budget))
+
+
+def _region_limit(budget: int, window: int) -> int:
+    return max(1, (budget - window) // _REGIONS_IN_FLIGHT)
+
+
+def _own_reads(
+    leaves: Iterable[Leaf], limit: int, needed: Callable[[Leaf, Region], bool] | None
+) -> Iterator[RegionRead]:
+    """The regions that a host reads that reads for itself."""
+    for leaf in leaves:
+        cut = [region for region in chunk_regions(leaf, limit) if needed is None or needed(leaf, region)]
+        for index, region in enumerate(cut):
+            yield RegionRead(leaf, region, index == len(cut) - 1)
+
+
 class LocalReads:
     """Regions of arrays that TensorStore reads, in order."""
 
-    def __init__(self, regions: Iterator[tuple[Leaf, Region, bool]]) -> None:
+    def __init__(self, regions: Iterator[RegionRead]) -> None:
         self._regions = regions
 
     def get(self, *, block: bool) -> RegionRead | None:
         """The next region; None at the end."""
-        found = next(self._regions, None)
-        return None if found is None else RegionRead(*found)
+        return next(self._regions, None)
 
     def close(self) -> None:
         """Nothing is read ahead."""
@@ -245,6 +272,7 @@ class _Prefetcher:
         arrays: opened arrays by leaf key.
         ring: memory they are decoded into.
         outer: see `read_regions`.
+        exchange: likewise.
 
     Attributes:
         pending: regions that may still be decoded, in the order in which they were asked for.
@@ -257,7 +285,9 @@ class _Prefetcher:
         arrays: dict[str, ts.TensorStore],
         ring: _Ring,
         outer: Mapping[str, tuple[int, ...]],
+        exchange: Exchange | None,
     ) -> None:
+        self._exchange = exchange
         self.pending: collections.deque[_Request] = collections.deque()
         self.delivered: collections.deque[DecodedRegion] = collections.deque()
         self.reads = reads
@@ -271,19 +301,24 @@ class _Prefetcher:
             while self.delivered and not self.delivered[0].busy:
                 self._release()
             leaf, region = read.leaf, read.region
-            memory = self._ring.allocate(region_nbytes(region, leaf.dtype.itemsize))
+            nbytes = region_nbytes(region, leaf.dtype.itemsize)
+            memory = self._ring.allocate(nbytes)
             if memory is None and not self.pending:
                 self._release()
                 continue
             if memory is None:
                 return
             values = _shaped(memory, leaf, region, self._outer.get(leaf.key, ()))
-            if read.chunks is None or isinstance(self.reads, LocalReads):
+            if read.source is not None:
+                assert self._exchange is not None
+                future = self._exchange.receive(read, memory[:nbytes])
+            elif read.chunks is None or isinstance(self.reads, LocalReads):
                 destination = ts.array(values, copy=False, write=True)
                 future = destination.write(self._arrays[leaf.key][region]).commit
             else:
                 future = self.reads.decode(read, values)
-            self.pending.append(_Request(DecodedRegion(leaf, region, values, read.last), future, read))
+            decoded = DecodedRegion(leaf, region, values, read.last, source=read.source)
+            self.pending.append(_Request(decoded, future, read))
             self._upcoming = None
 
     def _next(self) -> RegionRead | None:
@@ -319,11 +354,17 @@ def _completed_reads(
         while prefetcher.pending:
             entry = prefetcher.pending[0]
             started = time.perf_counter()
-            _result(watch, entry.future, entry.decoded.leaf)
+            is_for_host = entry.read.source is not None
+            if is_for_host:
+                # Whether the hosts still move is watched by the exchange.
+                entry.future.result()
+            else:
+                _result(watch, entry.future, entry.decoded.leaf)
             prefetcher.pending.popleft()
             if on_wait is not None:
                 ended = time.perf_counter()
-                on_wait(Wait(ended - started, entry.read.network_seconds(started, ended)))
+                network = entry.read.network_seconds(started, ended)
+                on_wait(Wait(ended - started, network, is_for_host))
             prefetcher.delivered.append(entry.decoded)
             yield entry.decoded
             prefetcher.request()

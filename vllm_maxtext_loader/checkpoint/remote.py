@@ -32,12 +32,16 @@ class RegionRead:
     Attributes:
         leaf, region, last: as of `DecodedRegion`.
         chunks: the chunks it consists of; None where TensorStore reads it.
+        source: as of `DecodedRegion`.
+        number: by which the source knows it.
     """
 
     leaf: Leaf
     region: Region
     last: bool
     chunks: tuple[ChunkRead, ...] | None = None
+    source: int | None = None
+    number: int = 0
 
     def network_seconds(self, start: float, end: float) -> float | None:
         """Seconds between `start` and `end` in which a decoder waited for bytes; None where that is not known."""
@@ -54,7 +58,7 @@ class RemoteReads:
     """Regions of arrays, some of them in a bucket, in order. Fetching begins at once.
 
     Args:
-        regions: what to read, in order.
+        regions: what to read, in order. What comes from another host is passed on in its place.
         arrays: opened arrays by leaf key.
         window: stored bytes that may be in memory.
         ring: bytes that may be decoded at a time.
@@ -63,7 +67,7 @@ class RemoteReads:
 
     def __init__(
         self,
-        regions: Iterable[tuple[Leaf, Region, bool]],
+        regions: Iterable[RegionRead],
         arrays: dict[str, ts.TensorStore],
         window: int,
         ring: int,
@@ -115,13 +119,13 @@ class RemoteReads:
         self._decoders.shutdown(wait=False, cancel_futures=True)
         self._lister.shutdown(wait=False, cancel_futures=True)
 
-    def _streams(self, regions: Iterable[tuple[Leaf, Region, bool]], fetcher: Fetcher) -> Iterator[Stream]:
+    def _streams(self, regions: Iterable[RegionRead], fetcher: Fetcher) -> Iterator[Stream]:
         """The streams of all regions, each region being put into the queue before them."""
         try:
-            for leaf, region, last in regions:
-                array = self._array(leaf.key, fetcher)
-                chunks = None if array is None else tuple(array.chunks(region))
-                self._reads.put(RegionRead(leaf, region, last, chunks))
+            for read in regions:
+                array = self._array(read.leaf.key, fetcher) if read.source is None else None
+                chunks = None if array is None else tuple(array.chunks(read.region))
+                self._reads.put(dataclasses.replace(read, chunks=chunks))
                 for chunk in chunks or ():
                     yield chunk.stream
         except Exception as error:

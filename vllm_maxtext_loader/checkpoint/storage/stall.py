@@ -130,6 +130,11 @@ class StallDetector:
         return f"timed out: nothing arrived for {self.limit:g} s{failed}"
 
 
+def arrived() -> tuple[int, ...]:
+    """Bytes that have arrived in this process, from buckets and disks: moves while anything is being read."""
+    return _Counters.now().arrived
+
+
 class _Counters:
     """TensorStore's counters of this process: bytes that arrived, requests, repetitions."""
 
