@@ -25,9 +25,16 @@ from vllm_maxtext_loader.checkpoint.exchange.connection import pieces
 from vllm_maxtext_loader.checkpoint.exchange.exchange import Exchange
 from vllm_maxtext_loader.checkpoint.exchange.peers import Peers
 from vllm_maxtext_loader.checkpoint.exchange.rendezvous import NoExchangeError, Terms, meet, stay_away
-from vllm_maxtext_loader.checkpoint.exchange.sharing import Assignment, Needs, assign, small_nbytes
+from vllm_maxtext_loader.checkpoint.exchange.sharing import (
+    Assignment,
+    Needs,
+    assign,
+    even_nbytes,
+    small_nbytes,
+)
 from vllm_maxtext_loader.checkpoint.reader import Region, read_regions
 from vllm_maxtext_loader.checkpoint.tree import Leaf
+from vllm_maxtext_loader.engine import stores
 from vllm_maxtext_loader.errors import MaxTextLoadError, ReadError, StorageError
 
 PROCESS = Path(__file__).parent / "support" / "exchange_host.py"
@@ -85,6 +92,10 @@ class TestAssign:
         assert not whole.is_gain
         assert small_nbytes(1 << 40) == 1 << 20
         assert small_nbytes(1 << 20) == 1 << 8
+
+    def test_large_models_are_cut_into_enough_regions(self) -> None:
+        assert even_nbytes(1 << 30, 64) == 8 << 20
+        assert even_nbytes(1 << 40, 64) == 1 << 29
 
     def test_region_that_nobody_needs_is_not_read(self) -> None:
         none = Needs(np.empty(0, np.int64), np.empty((0, 2, 2), np.int64))
@@ -340,6 +351,13 @@ def ends(function: Callable[[], Any]) -> MaxTextLoadError:
         function()
     assert time.monotonic() - started < 5 * LIMIT
     return caught.value
+
+
+def test_processes_without_a_store_read_for_themselves() -> None:
+    with pytest.raises(
+        NoExchangeError, match=r"no store in common: they are not Ray's, and jax\.distributed was not"
+    ):
+        stores.find({"engine": "a"}, "digest")
 
 
 class TestFailure:

@@ -177,6 +177,8 @@ def test_configuration_travels_and_weights_do_not(cluster: Cluster, second: dict
 def test_one_line_for_all_hosts(first: dict[str, Any], second: dict[str, Any]) -> None:
     for answer in (first, second):
         assert answer["log"].count("Loaded on 2 hosts: read ") == 1
+        # They have met through Ray's store: on a TPU there is no other.
+        assert answer["log"].count("GiB in all, and sent each other ") == 1
 
 
 def test_all_hosts_serve_another_step(first: dict[str, Any], second: dict[str, Any]) -> None:

@@ -28,6 +28,10 @@ FETCHED = Transfers(requests=500, nbytes=3 * GIB, seconds=6.0, request_seconds=6
             LoadTimes(network=1.0, decoding=4.0, transfers=FETCHED, remote=True),
             "decoding was the limit: more cores",
         ),
+        (
+            LoadTimes(network=1.0, hosts=4.0, transfers=FETCHED, remote=True),
+            r"for other hosts 4\.0 s, .*other hosts were the limit",
+        ),
         (LoadTimes(decoding=4.0, placing=1.0), "reading was the limit: more cores .* faster disk"),
         (LoadTimes(decoding=1.0, placing=4.0), "placing was the limit"),
         (LoadTimes(decoding=1.0, converting=4.0), "converting was the limit"),

@@ -20,7 +20,8 @@ TRAVELLING = "_maxtext_config_dir"
 
 SERVED = "_maxtext_served"
 """Attribute of a vLLM ModelConfig with what the engine starts with: {"path": the checkpoint as the user gave it, "items": where
-it was found, "step": its step or None, "model": ModelConfig.model, "digest": of the checkpoint, "versions": by distribution}."""
+it was found, "step": its step or None, "model": ModelConfig.model, "digest": of the checkpoint, "versions": by distribution,
+"engine": a random name of this start}."""
 
 GIB = 1 << 30
 
@@ -28,8 +29,16 @@ DIRECT_VARIABLE = "VLLM_MAXTEXT_DIRECT"
 """Environment variable, for tpu-inference. 0: load through Hugging Face tensors and `model.load_weights` there, too. "device": fill
 arrays by operations of the device even where its memory is the host's, so that what an accelerator does can be tested without one."""
 
+EXCHANGE_VARIABLE = "VLLM_MAXTEXT_EXCHANGE"
+"""Environment variable. 0: of several hosts, each reads all it needs from the bucket itself."""
 
-VARIABLES = (DIRECT_VARIABLE, "VLLM_MAXTEXT_CPU_KERNELS", "VLLM_MAXTEXT_DEBUG", "VLLM_MAXTEXT_TIMEOUT")
+VARIABLES = (
+    DIRECT_VARIABLE,
+    EXCHANGE_VARIABLE,
+    "VLLM_MAXTEXT_CPU_KERNELS",
+    "VLLM_MAXTEXT_DEBUG",
+    "VLLM_MAXTEXT_TIMEOUT",
+)
 """All environment variables of this package. vLLM warns of a VLLM_… that it does not know; `plugin` makes these known."""
 
 

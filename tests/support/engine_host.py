@@ -2,15 +2,19 @@
 
     python engine_host.py ADDRESS PROCESSES PROCESS JOBS.json ANSWERS.json
 
-A job: {"name", "model", "arguments": {…}, "direct": VLLM_MAXTEXT_DIRECT, "reload": path}. Its weights are exchanged for those of `reload`, where that
-is given. Its engine loads and is then given up: what follows asks for a collective of the engine's own hosts (Ray).
-An answer: {"shards": {parameter: {device number: CRC-32C of its shard}}}.
+A job: {"name", "model", "arguments": {…}, "direct": VLLM_MAXTEXT_DIRECT, "alone": processes with VLLM_MAXTEXT_EXCHANGE=0, "reload": path}. Its
+weights are exchanged for those of `reload`, where that is given. Its engine loads and is then given up: what follows asks for a collective of the
+engine's own hosts (Ray).
+Or {"name", "cases": fixtures}, for a single process: its answer is what `holdings.compare` says of each.
+An answer: {"shards": {parameter: {device number: CRC-32C of its shard}}, "loaded": what the loader says of the load, "log": its lines}, or
+{"error"}.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import sys
 import time
@@ -21,10 +25,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+sys.path.append(str(Path(__file__).parents[1]))
+
 import google_crc32c
 import jax
 import numpy as np
-from engine_worker import COMMON
+from engine_worker import COMMON, Records
+
+from support import holdings
 
 
 class Loaded(BaseException):
@@ -61,6 +69,8 @@ def exchange_weights(model: Any, state: dict[str, Any], path: str) -> None:
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """Loads one model."""
+    if "cases" in job:
+        return {case: holdings.compare(case) for case in job["cases"]}
     from tpu_inference.models.vllm.vllm_model_wrapper import VllmModelWrapper
     from vllm import LLM
 
@@ -74,6 +84,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         state, _ = original(self, *args, **kwargs)
         if "reload" in job:
             exchange_weights(self.model.vllm_model, state, job["reload"])
+        answer["loaded"] = vars(self.model.vllm_model)["_maxtext_loaded"]
         answer["shards"] = {
             name: {
                 numbers[shard.device]: google_crc32c.value(np.asarray(shard.data).tobytes())
@@ -85,10 +96,18 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
     VllmModelWrapper.load_weights = load_weights
     os.environ["VLLM_MAXTEXT_DIRECT"] = job["direct"]
+    os.environ["VLLM_MAXTEXT_EXCHANGE"] = "0" if jax.process_index() in job.get("alone", ()) else "1"
+    records, logger = Records(), logging.getLogger("vllm.vllm_maxtext_loader")
+    logger.addHandler(records)
+    started = time.monotonic()
     try:
         with contextlib.suppress(Loaded):
             LLM(model=job["model"], **COMMON, **job["arguments"])
+    except Exception as error:
+        answer["error"] = f"{type(error).__name__}: {error}"
     finally:
+        answer["log"], answer["seconds"] = records.lines, time.monotonic() - started
+        logger.removeHandler(records)
         VllmModelWrapper.load_weights = original
         os.environ.pop("TPU_MULTIHOST_BACKEND", None)
     return answer

@@ -133,20 +133,27 @@ class MaxTextModelLoader(BaseModelLoader):
         start = checkpoint.iter_regions if dry is None else dry_load.no_regions
         read = functools.partial(start, on_wait=on_wait, transfers=progress.times.transfers)
 
-        try:
+        with contextlib.ExitStack() as ending:
+            ending.callback(progress.close)
             if self._places_directly(model_config):
                 from vllm_maxtext_loader.tpu import placement
 
-                # Several hosts: each reads the regions its own devices hold a part of, and must know first which these
-                # are. One host reads while that is being found out.
-                regions = None if placement.several_processes() else read()
+                # Several hosts: what each reads depends on what its own devices hold, which must be known first. One host
+                # reads while that is being found out.
+                regions = None if placement.several_processes() else watch(read())
                 shard_writer = placement.ShardWriter(
                     model, checkpoint.plan, numpy_dtype(model_config.dtype), fold
                 )
                 given, filled = shard_writer.targets(), shard_writer.filled
                 if regions is None:
-                    regions = read(needed=shard_writer.is_local)
-                regions = shard_writer.stream(values.stream(watch(regions)), on_written=progress.on_written)
+                    from vllm_maxtext_loader.engine.exchange import begin
+
+                    exchange = begin(checkpoint, shard_writer, vars(model_config).get(SERVED))
+                    if exchange is None:
+                        regions = watch(read(needed=shard_writer.is_local))
+                    else:
+                        regions = ending.enter_context(exchange).offer(watch(read(exchange=exchange)))
+                regions = shard_writer.stream(values.stream(regions), on_written=progress.on_written)
             else:
                 regions = values.stream(watch(read()))
             weights = checkpoint.hf_weights(
@@ -159,8 +166,6 @@ class MaxTextModelLoader(BaseModelLoader):
             if dry is not None:
                 weights = itertools.chain(weights, dry_load.zeros(checkpoint.plan, given, model_config.dtype))
             loaded = model.load_weights(record_names(weights, given))  # type: ignore[operator]
-        finally:
-            progress.close()
         check_complete(checkpoint, wanted, set(loaded or ()) | filled, given)
         if shard_writer is not None:
             shard_writer.replicate(wanted - filled)
@@ -170,7 +175,11 @@ class MaxTextModelLoader(BaseModelLoader):
             return
         self._remember(model, model_config, checkpoint, fold, wanted - filled)
         seconds = time.perf_counter() - started
-        vars(model)[LOADED] = {"seconds": seconds, "read_bytes": progress.read}
+        vars(model)[LOADED] = {
+            "seconds": seconds,
+            "read_bytes": progress.read,
+            "received_bytes": progress.received,
+        }
         progress.report(seconds, None if shard_writer is None else shard_writer.targets())
         values.report()
 
@@ -354,11 +363,15 @@ class LoadProgress:
     def __init__(self, checkpoint: Checkpoint, show: bool) -> None:
         self.checkpoint = checkpoint
         self.times = LoadTimes(remote=checkpoint.location.items.is_remote)
-        self.read = 0
+        self.read = self.received = 0
+        """Bytes that were read here, and bytes that other hosts have read."""
         self.bar = byte_bar(checkpoint.plan.nbytes, "Loading MaxText checkpoint", disable=not show)
 
     def on_wait(self, wait: Wait, seconds: float) -> None:
         """Counts time spent waiting for a decoded region: `seconds` of it, in which nothing was being written."""
+        if wait.is_for_host:
+            self.times.hosts += seconds
+            return
         network = (wait.network or 0.0) * seconds / wait.seconds if wait.seconds else 0.0
         self.times.network += network
         self.times.decoding += seconds - network
@@ -372,7 +385,10 @@ class LoadProgress:
         """Counts a region that was placed on the device."""
         self.bar.set_postfix_str(decoded.leaf.name[-40:], refresh=False)
         self.bar.update(decoded.array.nbytes)
-        self.read += decoded.array.nbytes
+        if decoded.source is None:
+            self.read += decoded.array.nbytes
+        else:
+            self.received += decoded.array.nbytes
 
     def close(self) -> None:
         """Leaves the terminal in order, whatever happened."""
@@ -392,10 +408,12 @@ class LoadProgress:
         skipped = ""
         if tree.skipped:
             skipped = f"; skipped {_gib(tree.skipped_nbytes)} of {_reasons(self.checkpoint)}"
-        if self.read < plan.nbytes:
+        if self.received:
+            skipped += f"; read {_gib(self.read)}, received {_gib(self.received)} from other hosts"
+        elif self.read < plan.nbytes:
             skipped += f"; read {_gib(self.read)}, what this process's devices hold a part of"
         times = self.times
-        times.placing = max(0.0, seconds - times.network - times.decoding - times.converting)
+        times.placing = max(0.0, seconds - times.network - times.decoding - times.hosts - times.converting)
         logger.info(
             "Loaded %s%s: %s (%s), %s, %d leaves into %d tensors%s, %s in %.1f s (%s/s): %s; "
             "peak host memory %s%s.",

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import secrets
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
@@ -53,7 +54,7 @@ CARRIED = (
 """Variables that a load heeds and that vLLM does not copy to Ray's workers; with all that begin with TENSORSTORE_."""
 
 LOADED = "_maxtext_loaded"
-"""Attribute of a loaded model: {"seconds": of the load, "read_bytes": decoded}."""
+"""Attribute of a loaded model: {"seconds": of the load, "read_bytes": decoded, "received_bytes": from other hosts}."""
 
 _EXTRA = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
 _DISTRIBUTIONS = ("vllm-maxtext-loader", "vllm-tpu", "vllm", "tpu-inference")
@@ -105,9 +106,9 @@ def compare(model_config: ModelConfig, checkpoint: Checkpoint) -> None:
 
 
 def decided(checkpoint: Probe) -> dict[str, Any]:
-    """What every worker compares with what it finds: the checkpoint's digest and the versions of this node."""
+    """What every worker compares with what it finds, the checkpoint's digest and the versions of this node; and the start's name."""
     found = {name: version for name in _DISTRIBUTIONS if (version := versions.installed(name)) is not None}
-    return {"digest": checkpoint.digest, "versions": found}
+    return {"digest": checkpoint.digest, "versions": found, "engine": secrets.token_hex(8)}
 
 
 def extend_executor(module: ModuleType) -> None:
@@ -251,7 +252,7 @@ def load_report(worker: Any) -> dict[str, Any]:
     """What a worker loaded; runs in it.
 
     Returns:
-        {"host", "seconds", "read_bytes"}
+        {"host", "seconds", "read_bytes", "received_bytes"}
     """
     return {"host": socket.gethostname(), **vars(worker.model_runner.model.model.vllm_model)[LOADED]}
 
@@ -259,10 +260,12 @@ def load_report(worker: Any) -> dict[str, Any]:
 def summarize(reports: Sequence[Mapping[str, Any]]) -> None:
     """One line for all hosts."""
     slowest = max(reports, key=lambda found: found["seconds"])
+    received = sum(found["received_bytes"] for found in reports)
     logger.info(
-        "Loaded on %d hosts: read %.3g GiB in all; the slowest, %s, took %.1f s for %.3g GiB.",
+        "Loaded on %d hosts: read %.3g GiB in all%s; the slowest, %s, took %.1f s for %.3g GiB.",
         len(reports),
         sum(found["read_bytes"] for found in reports) / (1 << 30),
+        f", and sent each other {received / (1 << 30):.3g} GiB" if received else "",
         slowest["host"],
         slowest["seconds"],
         slowest["read_bytes"] / (1 << 30),

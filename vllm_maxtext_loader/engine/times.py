@@ -16,6 +16,7 @@ class LoadTimes:
     Attributes:
         network: seconds in which the bytes of the next region had not arrived; from a bucket only.
         decoding: seconds in which they were being decoded; from a disk this is reading and decoding.
+        hosts: seconds in which the next region had not arrived from the host that reads it.
         converting: seconds in which the host rearranged what the device does not take directly.
         placing: the rest.
         transfers: what was fetched; empty where a disk was read.
@@ -24,6 +25,7 @@ class LoadTimes:
 
     network: float = 0.0
     decoding: float = 0.0
+    hosts: float = 0.0
     converting: float = 0.0
     placing: float = 0.0
     transfers: Transfers = dataclasses.field(default_factory=Transfers)
@@ -36,15 +38,18 @@ class LoadTimes:
             return f"waiting for storage and decoding {self.decoding:.1f} s, {rest}; {self._limit()}"
         fetched = self.transfers
         rate = fetched.nbytes / fetched.seconds / GIB if fetched.seconds else 0.0
+        hosts = f"for other hosts {self.hosts:.1f} s, " if self.hosts else ""
         return (
             f"waiting for the network {self.network:.1f} s ({fetched.nbytes / GIB:.3g} GiB stored, {rate:.3g} GiB/s, "
-            f"{fetched.in_flight:.0f} requests in flight), for decoding {self.decoding:.1f} s, {rest}; {self._limit()}"
+            f"{fetched.in_flight:.0f} requests in flight), for decoding {self.decoding:.1f} s, {hosts}{rest}; {self._limit()}"
         )
 
     def _limit(self) -> str:
-        longest = max(self.network, self.decoding, self.converting, self.placing)
+        longest = max(self.network, self.decoding, self.hosts, self.converting, self.placing)
         if longest == self.placing:
             return "placing was the limit: the devices, or the host's memory"
+        if longest == self.hosts:
+            return "other hosts were the limit: their lines say what limited them"
         if longest == self.converting:
             return "converting was the limit: faster cores help"
         if longest == self.decoding:

@@ -22,7 +22,7 @@ import functools
 import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -36,6 +36,7 @@ from vllm_maxtext_loader.conversion.family import Scope
 from vllm_maxtext_loader.conversion.plan import CopyOp, LeafConversion, Plan
 from vllm_maxtext_loader.tpu import dry_load
 from vllm_maxtext_loader.tpu.device_shards import fill_on_devices
+from vllm_maxtext_loader.tpu.holdings import Holdings, process_of
 from vllm_maxtext_loader.tpu.replicated import replicate, rotary_tables
 from vllm_maxtext_loader.tpu.shards import (
     Block,
@@ -70,6 +71,19 @@ class _ShardCopy:
     values: np.ndarray
     rows: slice
     offsets: Offsets
+
+
+@dataclasses.dataclass(frozen=True)
+class _Writing:
+    """A region that is being written. (It may have other readers: what sends it to other hosts.)"""
+
+    decoded: DecodedRegion
+    writes: list[Future[None]]
+
+    @property
+    def busy(self) -> bool:
+        """Whether a write is not done."""
+        return any(not write.done() for write in self.writes)
 
 
 Weights = dict[tuple[int, str], PendingArray]
@@ -122,7 +136,7 @@ class ShardWriter:
         self.fold = fold_expert_scales
         self.scales = ScaleStore()
         self.filled: set[str] = set()
-        self._writing: collections.deque[DecodedRegion] = collections.deque()
+        self._writing: collections.deque[_Writing] = collections.deque()
         self._wrote = 0.0
         self._model = model
         self._weights = plan_weights(model, plan, dtype) if weights is None else weights
@@ -152,6 +166,25 @@ class ShardWriter:
         moves = self._shard_copies(entry, DecodedRegion(leaf, region, nothing, last=False))
         return any(devices is None or move.device in devices for move in moves)
 
+    def holdings(self, process_of: Callable[[Any], int] = process_of) -> Holdings:
+        """What each host needs of any region.
+
+        Args:
+            process_of: the host of a device.
+        """
+        return Holdings(
+            {
+                entry.leaf.key: (
+                    entry,
+                    [self._weights[_layer(entry, copy_op), entry.converter.leaf] for copy_op in entry.copies],
+                )
+                for entry in self.plan.leaves
+                # Every host folds in the scales of all experts.
+                if self.handles(entry) and entry.converter.fold != "scale"
+            },
+            process_of,
+        )
+
     def targets(self) -> set[str]:
         """Hugging Face names that do not come through `model.load_weights`."""
         return {
@@ -160,7 +193,7 @@ class ShardWriter:
 
     def idle(self, seconds: float) -> float:
         """How many of the last `seconds` nothing was being written."""
-        if any(decoded.busy for decoded in self._writing):
+        if any(region.busy for region in self._writing):
             return 0.0
         return min(seconds, time.perf_counter() - self._wrote)
 
@@ -179,8 +212,10 @@ class ShardWriter:
         def collect(*, block: bool) -> None:
             """Takes the written regions off the list, in order; with `block`, waits for all of them."""
             while writing and (block or not writing[0].busy):
-                decoded = writing.popleft()
-                decoded.wait()
+                region = writing.popleft()
+                for write in region.writes:
+                    write.result()
+                decoded = region.decoded
                 on_written(decoded)
                 if decoded.last:
                     self._complete(self._entries[decoded.leaf.key])
@@ -194,9 +229,9 @@ class ShardWriter:
                 if self.fold:
                     keep_scales(entry, decoded, self.scales)
                 if self.handles(entry):
-                    for task in self.tasks(entry, decoded):
-                        decoded.readers.append(writers.submit(self._run, task))
-                    writing.append(decoded)
+                    writes = [writers.submit(self._run, task) for task in self.tasks(entry, decoded)]
+                    decoded.readers.extend(writes)
+                    writing.append(_Writing(decoded, writes))
                     collect(block=False)
                 else:
                     yield decoded
