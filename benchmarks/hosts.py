@@ -1,15 +1,18 @@
-"""How many bytes each host of a multi-host engine would read.
+"""What the hosts of a multi-host engine read: each for itself, and where they exchange what they read.
 
     python benchmarks/hosts.py --gib 2 --devices 8
-    python benchmarks/hosts.py --published qwen3-235b-a22b --chips 16 32 64
+    python benchmarks/hosts.py --published qwen3-235b-a22b --chips 32 64 128 --chips-of-a-host 4 2 1
+    python benchmarks/hosts.py --load --gib 1 --processes 2 4
 
 Makes a MaxText v2 checkpoint of 26B layer shapes and starts the real engine on that many virtual devices, with tensor
-parallelism and with expert parallelism. When loading begins, the devices are dealt out to 1, 2, 4, … hosts in order, and
-the regions of the checkpoint that some device of a host holds a part of are counted: what `ShardWriter.is_local` lets a host
-read. Nothing is loaded.
+parallelism and with expert parallelism. When loading begins, the devices are dealt out to 1, 2, 4, … hosts in order, and it is
+computed who would read which regions, as the loader does (`sharing.assign`). Nothing is loaded.
 
 With --published the checkpoint is metadata only, of a published model's layers (written by 16 devices), and the engine is one
-without weights; a host has four chips.
+without weights; a host has four chips. (Fewer show what more hosts would read than the engine can be spread over.)
+
+With --load, processes that make up one engine really load, from a bucket on the loopback (slow_bucket.py), with and without
+exchange, in turn. The bucket counts requests and bytes, metadata included. All processes share this machine's cores.
 """
 
 from __future__ import annotations
@@ -22,7 +25,9 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+import time
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,10 +35,14 @@ from typing import Any
 import load
 
 CHIPS_OF_A_HOST = 4
+BENCHMARKS = Path(__file__).parent
+
+Counted = dict[str, dict[str, Any]]
+"""By number of hosts: share of the checkpoint's bytes that each reads ("alone", "exchanged"), and seconds to compute who does."""
 
 
-def count(start: Callable[[], Any], devices: int, each: Iterable[int]) -> dict[str, list[float]]:
-    """Share of the checkpoint's bytes that each host reads, by devices of a host.
+def count(start: Callable[[], Any], devices: int, each: Iterable[int]) -> Counted:
+    """Who reads how much, by number of hosts.
 
     Args:
         start: starts an engine; ended when loading begins.
@@ -42,36 +51,38 @@ def count(start: Callable[[], Any], devices: int, each: Iterable[int]) -> dict[s
     """
     import jax
 
-    from vllm_maxtext_loader.checkpoint.reader import chunk_regions, region_nbytes
+    from vllm_maxtext_loader.checkpoint.exchange.sharing import assign, small_nbytes
     from vllm_maxtext_loader.tpu.placement import ShardWriter
 
-    shares: dict[str, list[float]] = {}
+    counted: Counted = {}
 
-    class Counted(BaseException):
+    class Ended(BaseException):
         """Ends the engine's start."""
 
     def stream(shard_writer: ShardWriter, *_: Any, **__: Any) -> Any:
-        total = shard_writer.plan.nbytes
+        plan, numbers = shard_writer.plan, {device: number for number, device in enumerate(jax.devices())}
+        leaves = [entry.leaf for entry in plan.leaves]
         for own in each:
-            found = []
-            for first in range(0, devices, own):
-                mine = frozenset(jax.devices()[first : first + own])
-                nbytes = 0
-                for entry in shard_writer.plan.leaves:
-                    for region in chunk_regions(entry.leaf, limit=1):
-                        if shard_writer.is_local(entry.leaf, region, mine):
-                            nbytes += region_nbytes(region, entry.leaf.dtype.itemsize)
-                found.append(nbytes / total)
-            shares[str(devices // own)] = found
-        raise Counted
+            started = time.perf_counter()
+            holdings = shard_writer.holdings(lambda device, own=own: numbers[device] // own)
+            hosts = range(devices // own)
+            found = assign(leaves, hosts, 1, holdings, small_nbytes(plan.nbytes))
+            found.digest()
+            counted[str(len(hosts))] = {
+                "alone": [found.alone[host] / plan.nbytes for host in hosts],
+                "exchanged": [found.read[host] / plan.nbytes for host in hosts],
+                "regions": len(found.shares),
+                "seconds": time.perf_counter() - started,
+            }
+        raise Ended
 
     ShardWriter.stream = stream  # type: ignore[method-assign]
-    with contextlib.suppress(Counted):
+    with contextlib.suppress(Ended):
         start()
-    return shares
+    return counted
 
 
-def count_made(checkpoint: str, config: str, devices: int, experts: bool) -> dict[str, list[float]]:
+def count_made(checkpoint: str, config: str, devices: int, experts: bool) -> Counted:
     """For a checkpoint that was made; run in a process of its own."""
     _prepare(devices)
     from vllm import LLM
@@ -93,7 +104,7 @@ def count_made(checkpoint: str, config: str, devices: int, experts: bool) -> dic
     return count(start, devices, [own for own in reversed(powers) if own <= devices])
 
 
-def count_published(name: str, layers: int, chips: int, experts: bool) -> dict[str, list[float]]:
+def count_published(name: str, layers: int, chips: int, experts: bool, each: Sequence[int]) -> Counted:
     """For the first layers of a published model; run in a process of its own."""
     _prepare(chips)
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -118,7 +129,7 @@ def count_published(name: str, layers: int, chips: int, experts: bool) -> dict[s
                 max_num_batched_tokens=128,
             )
 
-        return count(start, chips, [CHIPS_OF_A_HOST])
+        return count(start, chips, each)
 
 
 def _prepare(devices: int) -> None:
@@ -136,21 +147,131 @@ def _prepare(devices: int) -> None:
     load_general_plugins()
 
 
-def in_process(*arguments: str) -> dict[str, list[float]]:
-    """Counts in a fresh process."""
+def in_process(*arguments: str) -> Counted | str:
+    """Counts in a fresh process; where the engine refuses, what it says."""
     done = subprocess.run(
         [sys.executable, __file__, "--count", *arguments], capture_output=True, text=True, check=False
     )
-    if not (counted := load.result(done)):
-        raise SystemExit(f"{' '.join(arguments)}: nothing was counted")
-    return counted
+    if done.stdout.rpartition("RESULT ")[1]:
+        return load.result(done)
+    said = [line.strip() for line in done.stderr.splitlines() if "rror, " in line or "Error: " in line]
+    return said[-1].partition(" [type=")[0] if said else done.stderr[-500:]
 
 
-def report(kind: str, counted: dict[str, list[float]]) -> None:
+def report(kind: str, chips: int, counted: Counted | str) -> None:
     """A line per number of hosts."""
     name = "tensor" if kind == "tp" else "expert"
-    for hosts, shares in counted.items():
-        print(f"{name:<14}{hosts:>6}  {min(shares):.3f} to {max(shares):.3f}; {sum(shares):.2f} in all")
+    if isinstance(counted, str):
+        print(f"{name:<9}{chips:>6}  refused: {counted[:200]}", flush=True)
+        return
+    for hosts, found in counted.items():
+        shares = [
+            f"{min(found[way]):.4f} to {max(found[way]):.4f}; {sum(found[way]):.2f} in all"
+            for way in ("alone", "exchanged")
+        ]
+        print(
+            f"{name:<9}{chips:>6}{hosts:>6}  {shares[0]:<34}{shares[1]:<34}{found['regions']:>6} in {found['seconds']:.2f} s",
+            flush=True,
+        )
+
+
+@contextlib.contextmanager
+def serve(root: Path, *options: str) -> Iterator[str]:
+    """URL of a bucket on the loopback."""
+    command = [sys.executable, str(BENCHMARKS / "slow_bucket.py"), str(root), *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        try:
+            yield f"http://127.0.0.1:{server.stdout.readline().strip()}"
+        finally:
+            server.terminate()
+
+
+def ask(url: str, what: str) -> dict[str, Any]:
+    """The bucket's answer about itself."""
+    with urllib.request.urlopen(f"{url}/{what}") as answer:
+        return json.loads(answer.read())
+
+
+def load_together(
+    directory: Path, url: str, config: Path, processes: int, devices: int, exchange: bool
+) -> list[dict[str, Any]]:
+    """Loads once by processes that make up one engine; each one's answer (tests/support/engine_host.py)."""
+    sys.path.insert(0, str(BENCHMARKS.parent / "tests"))
+    from support import gcs
+
+    job = {
+        "name": "load",
+        "model": str(config),
+        "arguments": {
+            "load_format": "maxtext",
+            "tensor_parallel_size": devices,
+            "model_loader_extra_config": {"checkpoint": "gs://bucket/0/items"},
+        },
+        "direct": "device",
+        "alone": [] if exchange else list(range(processes)),
+    }
+    jobs = directory / "jobs.json"
+    jobs.write_text(json.dumps([job]))
+    environment = {
+        **os.environ,
+        **gcs.ENVIRONMENT,
+        "STORAGE_EMULATOR_HOST": url,
+        "TENSORSTORE_GCS_HTTP_URL": url,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // processes}",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "USE_MOE_EP_KERNEL": "0",
+    }
+    address = f"127.0.0.1:{gcs.free_port()}"
+    script = BENCHMARKS.parent / "tests" / "support" / "engine_host.py"
+    answers = [directory / f"{number}-of-{processes}.json" for number in range(processes)]
+    started = []
+    for number, answer in enumerate(answers):
+        answer.unlink(missing_ok=True)
+        command = [sys.executable, str(script), address, str(processes), str(number), str(jobs), str(answer)]
+        with answer.with_suffix(".log").open("w") as log:
+            started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+    for process in started:
+        process.wait()
+    found = [json.loads(answer.read_text())["load"] for answer in answers]
+    if errors := [each["error"] for each in found if "error" in each]:
+        raise SystemExit("\n".join(errors))
+    return found
+
+
+def compare_loads(gib: float, devices: int, processes: Sequence[int], options: Sequence[str]) -> None:
+    """Loads with and without exchange, and prints what the bucket has counted."""
+    dims = load.dims_for("26b", gib)
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        checkpoint = load.make_checkpoint_in_process(directory / "maxtext", dims)
+        config = directory / "config"
+        config.mkdir()
+        load.write_config(config, checkpoint, dims)
+        stored = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
+        print(
+            f"{stored / load.GIB:.3f} GiB stored; {devices} devices; tensor parallel; bucket: {' '.join(options)}"
+        )
+        print(
+            f"{'processes':>9}  {'exchange':<9}{'requests':>9}{'GiB stored':>11}{'read, GiB':>10}{'received':>9}{'seconds':>8}"
+        )
+        with serve(checkpoint, *options) as url:
+            for number in processes:
+                for exchange in (False, True):
+                    ask(url, "reset")
+                    found = [
+                        each["loaded"]
+                        for each in load_together(directory, url, config, number, devices, exchange)
+                    ]
+                    counted = ask(url, "statistics")
+                    print(
+                        f"{number:>9}  {'yes' if exchange else 'no':<9}{counted['requests']:>9}{counted['bytes'] / load.GIB:>11.3f}"
+                        f"{sum(each['read_bytes'] for each in found) / load.GIB:>10.3f}"
+                        f"{sum(each['received_bytes'] for each in found) / load.GIB:>9.3f}"
+                        f"{max(each['seconds'] for each in found):>8.1f}",
+                        flush=True,
+                    )
 
 
 def main() -> None:
@@ -161,7 +282,8 @@ def main() -> None:
         if which == "made":
             result = count_made(given[0], given[1], int(number), experts)
         else:
-            result = count_published(given[0], int(given[1]), int(number), experts)
+            each = [int(own) for own in given[2:]] or [CHIPS_OF_A_HOST]
+            result = count_published(given[0], int(given[1]), int(number), experts, each)
         print("RESULT " + json.dumps(result), flush=True)
         os._exit(0)
     parser = argparse.ArgumentParser(
@@ -174,16 +296,34 @@ def main() -> None:
         "--layers", type=int, default=2, help="of the published model; shares depend little on it"
     )
     parser.add_argument("--chips", type=int, nargs="+", default=[16, 32, 64])
+    parser.add_argument("--chips-of-a-host", type=int, nargs="+", default=[CHIPS_OF_A_HOST])
+    parser.add_argument("--load", action="store_true", help="really load, from a bucket on the loopback")
+    parser.add_argument("--processes", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--latency-ms", type=float, default=50)
+    parser.add_argument("--request-mb-s", type=float, default=10)
+    parser.add_argument("--total-mb-s", type=float, default=float("inf"))
     args = parser.parse_args()
-    print(f"{platform.machine()}, vllm-tpu {version('vllm-tpu')}, jax {version('jax')}")
-    print(f"{'parallelism':<14}{'hosts':>6}  share of the checkpoint that each host reads")
+    cores = len(os.sched_getaffinity(0))
+    print(f"{platform.machine()}, {cores} cores, vllm-tpu {version('vllm-tpu')}, jax {version('jax')}")
+    if args.load:
+        options = [
+            text
+            for name in ("latency_ms", "request_mb_s", "total_mb_s")
+            for text in (f"--{name.replace('_', '-')}", f"{getattr(args, name):g}")
+        ]
+        compare_loads(args.gib, args.devices, args.processes, options)
+        return
+    print(
+        f"{'parallel':<9}{'chips':>6}{'hosts':>6}  {'each for itself':<34}{'with exchange':<34}regions assigned"
+    )
     if args.published:
         from vllm_maxtext_loader.families import find_preset
 
         moe = "experts" in find_preset(args.published)[1].dims.sizes
         for kind in ("tp", "ep") if moe else ("tp",):
             for chips in args.chips:
-                report(kind, in_process("published", args.published, str(args.layers), str(chips), kind))
+                given = (args.published, str(args.layers), *map(str, args.chips_of_a_host))
+                report(kind, chips, in_process("published", *given, str(chips), kind))
         return
     with tempfile.TemporaryDirectory() as directory:
         dims = load.dims_for("26b", args.gib)
@@ -192,7 +332,7 @@ def main() -> None:
             f"{args.devices} devices, {dims['experts']} experts, written by {load.DEVICES_OF_THE_WRITER} devices"
         )
         for kind in ("tp", "ep"):
-            report(kind, in_process("made", str(checkpoint), str(hf), str(args.devices), kind))
+            report(kind, args.devices, in_process("made", str(checkpoint), str(hf), str(args.devices), kind))
 
 
 if __name__ == "__main__":

@@ -39,7 +39,10 @@ from vllm_maxtext_loader.errors import MaxTextLoadError, ReadError, StorageError
 
 PROCESS = Path(__file__).parent / "support" / "exchange_host.py"
 LIMIT = 1.0
-"""Seconds without progress after which these hosts give up."""
+"""Seconds without progress after which hosts give up, where a test waits for that."""
+
+PATIENT = 10.0
+"""The same, where it does not."""
 
 
 def leaf_of(name: str, shape: tuple[int, ...], chunks: tuple[int, ...]) -> Leaf:
@@ -142,7 +145,12 @@ class Shelf:
 
 
 def all_meet(
-    store: Any, hosts: list[int], assignment: Assignment, *, skip: tuple[int, ...] = (), limit: float = LIMIT
+    store: Any,
+    hosts: list[int],
+    assignment: Assignment,
+    *,
+    skip: tuple[int, ...] = (),
+    limit: float = PATIENT,
 ) -> dict[int, Peers | NoExchangeError]:
     """What each host, a thread, finds."""
 
@@ -211,6 +219,50 @@ def test_each_host_gets_what_it_needs(assignment: Assignment, budget: int) -> No
             np.testing.assert_array_equal(found[share.number], values[share.leaf.key][part])
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_no_host_waits_for_ever(seed: int) -> None:
+    """Any needs, little memory, hosts of different speed."""
+    rng = np.random.default_rng(seed)
+    hosts = range(int(rng.integers(2, 6)))
+    leaves = [leaf_of(name, SHAPE, CHUNKS) for name in "abcd"]
+
+    def needs_of(leaf: Leaf, region: Region) -> Needs | None:
+        own = np.random.default_rng([seed, ord(leaf.key), region[0].start])
+        if own.random() < 0.1:
+            return None
+        needing = np.flatnonzero(own.random(len(hosts)) < 0.7)
+        edges = [
+            np.sort(own.choice(np.arange(part.start, part.stop + 1), (len(needing), 2))) for part in region
+        ]
+        boxes = np.stack(edges, axis=1) + np.array([0, 1])
+        return Needs(needing, np.minimum(boxes, [[part.stop] * 2 for part in region]))
+
+    found = assign(leaves, hosts, 1, needs_of, 0)
+    values = {name: make_values(SHAPE, number) for number, name in enumerate("abcd")}
+    opened = [{name: Values(array).opened() for name, array in values.items()} for _ in hosts]
+    peers = all_meet(Shelf(), list(hosts), found)
+
+    def run(host: int) -> dict[int, np.ndarray]:
+        own = peers[host]
+        assert isinstance(own, Peers)
+        pauses = np.random.default_rng([seed, host])
+
+        def pause(_: object) -> None:
+            time.sleep(pauses.random() * 0.004 * (host % 2))
+
+        return load(Exchange(found, own), found, opened[host], 4 * 6144, on_wait=pause)
+
+    with ThreadPoolExecutor(len(hosts)) as pool:
+        results = list(pool.map(run, hosts))
+    for host, result in enumerate(results):
+        own = {share.number: share for share in found.shares if share.part(host) is not None}
+        assert set(result) == set(own)
+        for number, share in own.items():
+            part = share.part(host)
+            assert part is not None
+            np.testing.assert_array_equal(result[number], values[share.leaf.key][part])
+
+
 def test_several_loads_of_one_process_are_apart(assignment: Assignment) -> None:
     for _ in range(2):
         for peers in all_meet(Shelf(), [0, 1, 2], assignment).values():
@@ -245,7 +297,7 @@ class TestMeet:
         with socket.create_server(("127.0.0.1", 0)) as closed:
             port = closed.getsockname()[1]
         store.replace[f"host/{host}"] = lambda value: json.dumps({**json.loads(value), "port": port})
-        found = all_meet(store, [0, 1, 2], assignment)
+        found = all_meet(store, [0, 1, 2], assignment, limit=LIMIT)
         # The last host connects to the others, and nobody to it.
         if host == 2:
             assert all(isinstance(peers, Peers) for peers in found.values())
@@ -286,7 +338,7 @@ class TestMeet:
             return value
 
         store.replace["host/0"] = intrude
-        found = all_meet(store, [0, 1], assignment)
+        found = all_meet(store, [0, 1], assignment, limit=2 * LIMIT)
         assert all(isinstance(peers, Peers) for peers in found.values())
         (stranger,) = strangers
         # A nonce, and then the end.
@@ -329,19 +381,31 @@ class TestMeet:
 
             threading.Thread(target=pretend, daemon=True).start()
             store.replace["host/0"] = lambda value: json.dumps({**json.loads(value), "port": port})
-            found = all_meet(store, [0, 1], assignment)
+            found = all_meet(store, [0, 1], assignment, limit=LIMIT)
         assert "does not know the token" in str(found[1])
+
+
+@contextlib.contextmanager
+def connected(limit: float) -> Iterator[tuple[Peers, Peers]]:
+    """Two hosts that are connected."""
+    left, right = socket.socketpair()
+    first = Peers(0, {0: "one", 1: "two"}, {1: left}, "gs://bucket/0/items", limit)
+    second = Peers(1, {0: "one", 1: "two"}, {0: right}, "gs://bucket/0/items", limit)
+    yield first, second
+    for peers in (first, second):
+        peers.fail(RuntimeError("the test has ended"))
 
 
 @pytest.fixture
 def two() -> Iterator[tuple[Peers, Peers]]:
-    """Two hosts that are connected."""
-    left, right = socket.socketpair()
-    first = Peers(0, {0: "one", 1: "two"}, {1: left}, "gs://bucket/0/items", LIMIT)
-    second = Peers(1, {0: "one", 1: "two"}, {0: right}, "gs://bucket/0/items", LIMIT)
-    yield first, second
-    for peers in (first, second):
-        peers.fail(RuntimeError("the test has ended"))
+    with connected(PATIENT) as peers:
+        yield peers
+
+
+@pytest.fixture
+def impatient() -> Iterator[tuple[Peers, Peers]]:
+    with connected(LIMIT) as peers:
+        yield peers
 
 
 def ends(function: Callable[[], Any]) -> MaxTextLoadError:
@@ -406,32 +470,32 @@ class TestFailure:
         found = ends(waiting.result)
         assert str(found).startswith("Host two (process 1) is gone: the connection to it broke off before")
 
-    def test_host_that_hangs(self, two: tuple[Peers, Peers]) -> None:
+    def test_host_that_hangs(self, impatient: tuple[Peers, Peers]) -> None:
         """Its connection stands, and it says nothing."""
-        two[0].start()
-        assert "Host two (process 1) has given no sign of life for 1.25 s" in str(ends(two[0].finish))
+        impatient[0].start()
+        assert "Host two (process 1) has given no sign of life for 1.25 s" in str(ends(impatient[0].finish))
 
-    def test_hosts_that_wait_for_nothing(self, two: tuple[Peers, Peers]) -> None:
+    def test_hosts_that_wait_for_nothing(self, impatient: tuple[Peers, Peers]) -> None:
         """Both are alive, and neither sends what the other waits for."""
-        for peers in two:
+        for peers in impatient:
             peers.start()
-        waiting = [peers.receive(1 - host, 5, np.zeros(8, np.uint8)) for host, peers in enumerate(two)]
+        waiting = [peers.receive(1 - host, 5, np.zeros(8, np.uint8)) for host, peers in enumerate(impatient)]
         for future in waiting:
             assert "nothing has moved on any host for 1.25 s" in str(ends(future.result))
 
-    def test_host_that_moves_is_waited_for(self, two: tuple[Peers, Peers]) -> None:
-        for peers in two:
+    def test_host_that_moves_is_waited_for(self, impatient: tuple[Peers, Peers]) -> None:
+        for peers in impatient:
             peers.start()
         memory = np.zeros(8, np.uint8)
-        waiting = two[0].receive(1, 5, memory)
-        for _ in range(6):
-            time.sleep(LIMIT / 2)
-            two[1].step()
-        two[1].send(0, 5, np.arange(8, dtype=np.uint8))
+        waiting = impatient[0].receive(1, 5, memory)
+        for _ in range(10):
+            time.sleep(LIMIT / 4)
+            impatient[1].step()
+        impatient[1].send(0, 5, np.arange(8, dtype=np.uint8))
         waiting.result()
         np.testing.assert_array_equal(memory, np.arange(8))
         with ThreadPoolExecutor(2) as pool:
-            list(pool.map(Peers.finish, two))
+            list(pool.map(Peers.finish, impatient))
 
     @pytest.mark.parametrize("frame", [b"\x09" + bytes(16), b"\x02" + bytes(8) + (7).to_bytes(8, "big")])
     def test_nonsense_ends_the_exchange(self, two: tuple[Peers, Peers], frame: bytes) -> None:
