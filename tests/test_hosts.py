@@ -247,8 +247,9 @@ def test_host_that_takes_no_part_leaves_all_to_themselves(
 
 def test_host_that_may_not_read_ends_both(hosts: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:
     first, second = (host["forbidden"] for host in hosts[1])
-    assert second["error"].startswith("StorageError: cannot read leaf ")
-    own = second["error"].removeprefix("StorageError: ")
+    start = f"StorageError: Host {socket.gethostname()}: "
+    assert second["error"].startswith(f"{start}cannot read leaf ")
+    own = second["error"].removeprefix(start)
     assert first["error"] == f"StorageError: Host {socket.gethostname()} (process 1) could not load: {own}"
     assert "403" in own
     assert max(first["seconds"], second["seconds"]) < 3 * LIMIT
@@ -257,7 +258,7 @@ def test_host_that_may_not_read_ends_both(hosts: tuple[dict[str, Any], list[dict
 def test_changed_data_ends_both(hosts: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:
     """The host that reads a chunk compares it; the other one gets no part of it."""
     errors = sorted((host["changed"]["error"] for host in hosts[1]), key=len)
-    own = errors[0].removeprefix("ReadError: ")
+    own = errors[0].removeprefix(f"ReadError: Host {socket.gethostname()}: ")
     assert "MoeBlock_0.wi_0, chunk [0, 0, 0, 0, 0]: CRC-32C is " in own
     assert re.fullmatch(
         rf"ReadError: Host {socket.gethostname()} \(process [01]\) could not load: {re.escape(own)}",
