@@ -42,6 +42,11 @@ VARIABLES = (
 """All environment variables of this package. vLLM warns of a VLLM_… that it does not know; `plugin` makes these known."""
 
 
+def is_off(variable: str) -> bool:
+    """Whether an environment variable turns off what is on without it."""
+    return os.environ.get(variable, "1").strip().lower() in ("0", "false")
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     """Validated loader options.

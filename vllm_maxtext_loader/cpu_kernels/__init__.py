@@ -12,6 +12,7 @@ import os
 import sys
 
 from vllm_maxtext_loader import versions
+from vllm_maxtext_loader.options import is_off
 
 SWITCH_VARIABLE = "VLLM_MAXTEXT_CPU_KERNELS"
 """Environment variable; 0 leaves tpu-inference as it is, also with JAX_PLATFORMS=cpu."""
@@ -30,7 +31,7 @@ ENVIRONMENT: dict[str, str] = {
 
 def are_wanted() -> bool:
     """Whether JAX is set to use the CPU, tpu-inference is installed, and the user has not turned the kernels off."""
-    if os.environ.get(SWITCH_VARIABLE, "1").strip().lower() in ("0", "false"):
+    if is_off(SWITCH_VARIABLE):
         return False
     platforms = os.environ.get("JAX_PLATFORMS", "").lower().split(",")
     return platforms == ["cpu"] and versions.installed("tpu-inference") is not None

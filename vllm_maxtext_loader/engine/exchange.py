@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ from vllm_maxtext_loader.checkpoint.exchange.sharing import (
 from vllm_maxtext_loader.checkpoint.reader import region_limit
 from vllm_maxtext_loader.checkpoint.storage.retry import no_progress_seconds
 from vllm_maxtext_loader.engine import stores
-from vllm_maxtext_loader.options import EXCHANGE_VARIABLE, GIB
+from vllm_maxtext_loader.options import EXCHANGE_VARIABLE, GIB, is_off
 
 if TYPE_CHECKING:
     from vllm_maxtext_loader.api import Checkpoint
@@ -54,10 +53,10 @@ def begin(
         return made[limit]
 
     nbytes = min(region_limit(checkpoint.concurrent_bytes), even_nbytes(plan.nbytes, len(hosts)))
-    is_off = os.environ.get(EXCHANGE_VARIABLE, "1").lower() in ("0", "false")
+    is_turned_off = is_off(EXCHANGE_VARIABLE)
     try:
         store = stores.find(decided, checkpoint.digest)
-        reason = f"{EXCHANGE_VARIABLE} turns the exchange off" if is_off else ""
+        reason = f"{EXCHANGE_VARIABLE} turns the exchange off" if is_turned_off else ""
         address = ""
         try:
             address = store.address()
@@ -72,7 +71,7 @@ def begin(
     except NoExchangeError as error:
         if own == hosts[0]:
             found = next(iter(made.values()), None) or assign_within(nbytes)
-            say = logger.warning if found.is_gain and not is_off else logger.info
+            say = logger.warning if found.is_gain and not is_turned_off else logger.info
             say(
                 "%s: every host reads for itself, %.3g GiB in all instead of %.3g: %s",
                 plan.where,

@@ -32,7 +32,7 @@ from vllm_maxtext_loader.engine.nodes import LOADED, compare
 from vllm_maxtext_loader.engine.origin import Origin
 from vllm_maxtext_loader.engine.times import LoadTimes
 from vllm_maxtext_loader.errors import EngineError, IncompleteLoadError
-from vllm_maxtext_loader.options import DIRECT_VARIABLE, SERVED, Options
+from vllm_maxtext_loader.options import DIRECT_VARIABLE, SERVED, Options, is_off
 from vllm_maxtext_loader.progress import byte_bar
 from vllm_maxtext_loader.tpu import dry_load
 
@@ -264,7 +264,7 @@ class MaxTextModelLoader(BaseModelLoader):
         """Whether chunks go straight to the device (tpu-inference, unquantized), without torch in between."""
         if not _on_tpu_inference() or model_config.quantization is not None:
             return False
-        return os.environ.get(DIRECT_VARIABLE, "1").lower() not in ("0", "false")
+        return not is_off(DIRECT_VARIABLE)
 
     def _fold_expert_scales(self, checkpoint: Checkpoint) -> bool:
         """Whether per_expert_scale goes into down_proj; says what was decided and why."""
