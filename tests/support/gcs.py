@@ -145,7 +145,7 @@ def environment(url: str, **more: str) -> Iterator[None]:
     try:
         yield
     finally:
-        _wait_for_quiet()
+        wait_for_quiet()
         for key, value in before.items():
             if value is None:
                 os.environ.pop(key, None)
@@ -153,7 +153,7 @@ def environment(url: str, **more: str) -> Iterator[None]:
                 os.environ[key] = value
 
 
-def _wait_for_quiet(seconds: float = 1.0, most: float = 20.0) -> None:
+def wait_for_quiet(seconds: float = 1.0, most: float = 20.0) -> None:
     """Returns once TensorStore has made no request for so many seconds: loads that were given up are repeated for a while."""
     started = quiet_since = time.monotonic()
     requests = None
@@ -191,11 +191,14 @@ print(len(list(read_regions(tree.leaves.values(), tree.arrays, 1 << 28, sys.argv
 """
 
 
-def assert_once(proxy: Proxy) -> None:
-    """No byte of any object was sent twice. (Where the last bytes were asked for as such, they are taken for others.)"""
+def assert_once(proxy: Proxy, url: str = f"gs://{BUCKET}") -> None:
+    """No byte of any object below `url` was sent twice. (Where the last bytes were asked for as such, they are taken for others.)
+
+    What an earlier test has given up may still be asked for: name what this one reads.
+    """
     ranges: dict[str, list[tuple[int, float]]] = defaultdict(list)
     suffixes: set[str] = set()
-    for request in proxy.reads():
+    for request in proxy.reads(url):
         start, _, end = request.span.removeprefix("bytes=").partition("-")
         if request.span and not start:
             assert request.name not in suffixes, f"{request.name}: {request.span} twice"

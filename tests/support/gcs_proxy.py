@@ -131,18 +131,22 @@ class Proxy:
             self.faults.clear()
         self.closing = threading.Event()
 
-    def counts(self) -> collections.Counter[str]:
-        """Number of requests by kind."""
+    def counts(self, url: str = "gs://") -> collections.Counter[str]:
+        """Number of requests by kind, for what is below `url`."""
         with self.lock:
-            return collections.Counter(request.kind for request in self.requests)
+            return collections.Counter(
+                request.kind for request in self.requests if f"gs://{request.name}".startswith(url)
+            )
 
-    def reads(self) -> list[Request]:
-        """Requests that were answered with an object's bytes."""
+    def reads(self, url: str = "gs://") -> list[Request]:
+        """Requests that were answered with an object's bytes, for what is below `url`."""
         with self.lock:
             return [
                 request
                 for request in self.requests
-                if request.kind == "read" and request.status in (200, 206)
+                if request.kind == "read"
+                and request.status in (200, 206)
+                and f"gs://{request.name}".startswith(url)
             ]
 
 
@@ -225,6 +229,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             for start in range(0, len(data), step):
                 self.wfile.write(data[start : start + step])
                 if closing.wait(0.1):
+                    self._break()
                     break
         else:
             self.wfile.write(data)

@@ -207,6 +207,8 @@ def read_regions(
         StorageError: the storage refuses, or does not answer within the time limit; likewise.
     """
     leaves = list(leaves)
+    # Before the first request, or what fails at once would not be told.
+    watch = StallDetector(where)
     opened = (arrays[leaf.key] for leaf in leaves if leaf.key in arrays)
     remote = next((is_remote(array) for array in opened if array.kvstore is not None), False)
     window = fetch_window(budget) if remote else 0
@@ -219,7 +221,6 @@ def read_regions(
     else:
         reads = LocalReads(regions)
     prefetcher = _Prefetcher(reads, arrays, _Ring(budget - window), outer or {}, exchange)
-    watch = StallDetector(where)
     prefetcher.request()
     completed = _completed_reads(prefetcher, watch, on_wait)
     # Also where the iterator is dropped before it was used.
