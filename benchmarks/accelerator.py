@@ -181,7 +181,7 @@ def hashes(state: dict[str, Any]) -> dict[str, list[int]]:
 def decode(checkpoint: str) -> dict[str, Any]:
     """Seconds to decode all chunks with TensorStore, nothing kept; run in a process of its own."""
     from vllm_maxtext_loader import open_checkpoint
-    from vllm_maxtext_loader.checkpoint.reader import chunk_regions
+    from vllm_maxtext_loader.checkpoint.regions import chunk_regions
 
     opened = open_checkpoint(checkpoint)
     chunks = [

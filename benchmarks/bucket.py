@@ -6,7 +6,7 @@
 Orbax writes checkpoints of large leaves in several layouts (chunks per leaf) and formats. `slow_bucket.py` serves them from the
 loopback, with a latency and a rate for every request. Then each reader in turn reads in a fresh process:
 
-    ours      this package with its defaults: fetched and decoded, from opened arrays to the last region
+    ours      this package as the engine reads, with its defaults: fetched and decoded, from opened arrays to the last region
     before    TensorStore alone, one request per chunk, 16 chunks at a time: what this package did before it fetched ranges
     GET n     plain ranged GETs of 8 MiB, n at a time, of the same files; nothing is decoded or kept
     run:ai n  run:ai's model streamer (where it is installed), n at a time: as many bytes, uncompressed, as safetensors
@@ -117,7 +117,8 @@ def ours(url: str) -> dict[str, float]:
     peak = Peak()
     peak.start()
     started = time.perf_counter()
-    nbytes = sum(decoded.array.nbytes for decoded in read_regions(leaves, tree.arrays, budget, url))
+    regions = read_regions(leaves, tree.arrays, budget, url, in_parts=True)
+    nbytes = sum(decoded.array.nbytes for decoded in regions)
     seconds = time.perf_counter() - started
     assert nbytes == tree.nbytes
     return {"seconds": seconds, "memory": peak.stop() / tree.nbytes}
@@ -125,7 +126,7 @@ def ours(url: str) -> dict[str, float]:
 
 def before(url: str) -> dict[str, float]:
     """TensorStore alone, a request per chunk."""
-    from vllm_maxtext_loader.checkpoint.reader import chunk_regions
+    from vllm_maxtext_loader.checkpoint.regions import chunk_regions
 
     tree = _open(url)
     reads = ((leaf, region) for leaf in tree.leaves.values() for region in chunk_regions(leaf, 1))

@@ -220,7 +220,7 @@ def decoded_chunks() -> int:
 def floor(checkpoint: str) -> dict[str, float]:
     """Reading the bytes of the checkpoint's files, and decoding them with TensorStore alone."""
     from vllm_maxtext_loader import open_checkpoint
-    from vllm_maxtext_loader.checkpoint.reader import chunk_regions
+    from vllm_maxtext_loader.checkpoint.regions import chunk_regions
 
     started = time.perf_counter()
     for path in Path(checkpoint).rglob("*"):

@@ -175,7 +175,7 @@ def test_every_storage_format(ocdbt: bool, zarr3: bool, tmp_path: Path, twin: Ca
 
 def test_chunks_are_read_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
     """The regions of a leaf tile it, and no region cuts a chunk that another region also needs."""
-    from vllm_maxtext_loader.checkpoint.reader import chunk_regions
+    from vllm_maxtext_loader.checkpoint.regions import chunk_regions
 
     checkpoint = open_checkpoint(cases()["moe_v2"].items)
     for leaf in checkpoint.tree.leaves.values():

@@ -22,7 +22,8 @@ from support.damage import biggest, flip, regions, without_database
 from vllm_maxtext_loader import errors, open_checkpoint
 from vllm_maxtext_loader.api import Checkpoint
 from vllm_maxtext_loader.checkpoint import checksums
-from vllm_maxtext_loader.checkpoint.reader import DecodedRegion, chunk_regions
+from vllm_maxtext_loader.checkpoint.reader import DecodedRegion
+from vllm_maxtext_loader.checkpoint.regions import chunk_regions
 from vllm_maxtext_loader.checkpoint.tree import Leaf
 
 RUN = FIXTURES / "moe_v2/checkpoints"

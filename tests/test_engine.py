@@ -2,7 +2,8 @@
 
 Truth number two: what the engine holds after `load_format="maxtext"` is what it holds after loading the Hugging Face twin by
 vLLM's default loader, bit by bit and device by device, except what folding and the embedding change, which are checked by
-value. All ways of loading (straight to the device, by the host or by the device; through `model.load_weights`) end in the same bits.
+value. All ways of loading (straight to the device, by the host or by the device; from a bucket, large chunks in parts; through
+`model.load_weights`) end in the same bits.
 
 Truth number three: what it says is what transformers says in float32.
 
@@ -21,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 
+from support import gcs
 from support.checkpoints import FIXTURES, cases
 from support.engine import PROMPTS, bound, distance, read_config, reference_logprobs, run_jobs, vocabulary
 from vllm_maxtext_loader import open_checkpoint
@@ -43,6 +45,9 @@ PARALLEL = {
 """Tensor parallel sizes per checkpoint; -ep with expert parallelism."""
 
 
+IN_PARTS = ("moe_v2-tp4-ep", "dense_v2-tp8", "qwen3moe_scanned-tp2", "gptoss_scanned-tp1")
+"""Settings that are loaded from a bucket, too, by chunks in parts."""
+
 COMPUTED = ("gemma3", "llama", "mistral", "mixtral")
 """Families whose values MaxText stores computed; they come back within a rounding."""
 
@@ -55,6 +60,7 @@ def parallel_ids() -> list[str]:
 WAYS = [
     *((key, "device") for key in parallel_ids()),
     *((f"{name}-tp{settings[-1]}", "load_weights") for name, settings in PARALLEL.items()),
+    *((key, "parts") for key in IN_PARTS),
 ]
 """Settings that are loaded in another way, too. Through `load_weights` vLLM's own code packs and shards: once per checkpoint."""
 
@@ -104,8 +110,16 @@ def parallel(twin: Callable[[str], Path], tmp_path_factory: pytest.TempPathFacto
             if (key, way) in WAYS:
                 other = {"environment": {"VLLM_MAXTEXT_DIRECT": variable}, "compare": f"{key} direct"}
                 jobs.append({"name": f"{key} {way}", "model": str(directory), "arguments": ours, **other})
+        if key in IN_PARTS:
+            gcs.shared()[0].upload(cases()[name].items, gcs.BUCKET, f"engine/{name}/")
+            # 40 KiB: as small beside these chunks as the default is beside those of large checkpoints.
+            extra = {"checkpoint": f"gs://{gcs.BUCKET}/engine/{name}", "concurrent_gib": 40 / (1 << 20)}
+            other = {"change": "small parts", "compare": f"{key} direct"}
+            arguments = {**ours, "model_loader_extra_config": extra}
+            jobs.append({"name": f"{key} parts", "model": str(directory), "arguments": arguments, **other})
         jobs[-1]["forget"] = f"{key} direct"
-    return run_jobs(jobs, tmp_path_factory.mktemp("parallel"), devices=8)
+    with gcs.environment(gcs.shared()[1].url):
+        return run_jobs(jobs, tmp_path_factory.mktemp("parallel"), devices=8)
 
 
 @pytest.mark.parametrize("key", parallel_ids())

@@ -32,7 +32,8 @@ from vllm_maxtext_loader.checkpoint.exchange.sharing import (
     even_nbytes,
     small_nbytes,
 )
-from vllm_maxtext_loader.checkpoint.reader import Region, read_regions
+from vllm_maxtext_loader.checkpoint.reader import read_regions
+from vllm_maxtext_loader.checkpoint.regions import Region
 from vllm_maxtext_loader.checkpoint.tree import Leaf
 from vllm_maxtext_loader.engine import stores
 from vllm_maxtext_loader.errors import MaxTextLoadError, ReadError, StorageError

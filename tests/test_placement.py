@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vllm_maxtext_loader.checkpoint.reader import DecodedRegion, Region, _Ring, chunk_regions, read_regions
+from vllm_maxtext_loader.checkpoint.reader import DecodedRegion, _Ring, read_regions
+from vllm_maxtext_loader.checkpoint.regions import Region, chunk_regions
 from vllm_maxtext_loader.checkpoint.tree import Leaf
 from vllm_maxtext_loader.tpu.columns import ColumnRange, LinearColumns, linear_column_ranges
 from vllm_maxtext_loader.tpu.device_shards import fill_on_devices

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import collections
+import functools
 import itertools
 import logging
+import operator
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ml_dtypes
 import numpy as np
@@ -21,9 +24,17 @@ from support.damage import cut
 from vllm_maxtext_loader import errors
 from vllm_maxtext_loader.checkpoint.encoding import Encoding
 from vllm_maxtext_loader.checkpoint.find import locate
-from vllm_maxtext_loader.checkpoint.reader import DecodedRegion, Region, Wait, read_regions
+from vllm_maxtext_loader.checkpoint.reader import DecodedRegion, Wait, read_regions
+from vllm_maxtext_loader.checkpoint.regions import Region
 from vllm_maxtext_loader.checkpoint.storage.path import tensorstore_context
-from vllm_maxtext_loader.checkpoint.storage.ranges import Transfers, UnexpectedValueError
+from vllm_maxtext_loader.checkpoint.storage.ranges import (
+    Extent,
+    Fetcher,
+    Located,
+    Stream,
+    Transfers,
+    UnexpectedValueError,
+)
 from vllm_maxtext_loader.checkpoint.tree import Leaf, Tree, read_tree
 
 LIMIT = 3.0
@@ -228,8 +239,10 @@ def test_abandoned_reading_ends(run: tuple[str, Path], proxy: gcs.Proxy) -> None
     assert threads() == []
 
 
-def stored_array(path: str, values: np.ndarray, metadata: dict[str, Any], driver: str) -> ts.TensorStore:
-    """An array that TensorStore writes; `path` of a kvstore's URL."""
+def stored_array(
+    path: str | dict[str, Any], values: np.ndarray, metadata: dict[str, Any], driver: str
+) -> ts.TensorStore:
+    """An array that TensorStore writes; `path`: a kvstore's URL or specification."""
     spec = {"driver": driver, "kvstore": path, "metadata": metadata}
     array = ts.open(spec, create=True, delete_existing=True).result()
     array[...] = values
@@ -309,6 +322,201 @@ def test_every_encoding(proxy: gcs.Proxy, name: str, outer: tuple[int, ...]) -> 
         if name in ENCODINGS:
             gcs.assert_once(proxy, path)
         proxy.clear()
+
+
+LARGE = weights((96, 2, 40, 500), seed=2)
+"""7.3 MiB; chunks are cut into parts where they are larger than 2 MiB, whatever the budget."""
+
+LARGE_ENCODINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "v2": ("zarr", v2(LARGE.shape, [*LARGE.shape])),
+    "v2, two chunks": ("zarr", v2(LARGE.shape, [48, 2, 40, 500])),
+    "v2, chunks that end outside": ("zarr", v2(LARGE.shape, [64, 2, 40, 500])),
+    "v2, not compressed": ("zarr", v2(LARGE.shape, [*LARGE.shape], compressor=None)),
+    "v3": ("zarr3", v3(LARGE.shape, [*LARGE.shape], [BYTES, {"name": "zstd"}])),
+    "v3, a chunk per shard": ("zarr3", v3(LARGE.shape, [*LARGE.shape], [sharded([*LARGE.shape])])),
+    "v3, chunks in shards": ("zarr3", v3(LARGE.shape, [*LARGE.shape], [sharded([48, 2, 40, 500])])),
+}
+
+
+def large_arrays(name: str) -> tuple[list[Leaf], dict[str, ts.TensorStore], str]:
+    """Three leaves of the same values, and a small one between them."""
+    driver, metadata = LARGE_ENCODINGS[name]
+    root = f"gs://{gcs.BUCKET}/parts/{name.replace(' ', '-').replace(',', '')}/"
+    arrays = {key: stored_array(f"{root}{key}/", LARGE, metadata, driver) for key in "abc"}
+    arrays["small"] = stored_array(f"{root}small/", weights((5,)), v2((5,), [5]), "zarr")
+    leaves = [
+        Leaf(
+            key, (key,), tuple(arrays[key].shape), BFLOAT16, tuple(arrays[key].chunk_layout.read_chunk.shape)
+        )
+        for key in ("a", "small", "b", "c")
+    ]
+    return leaves, arrays, root
+
+
+@pytest.mark.parametrize("outer", [(), (1,)], ids=str)
+@pytest.mark.parametrize("name", LARGE_ENCODINGS)
+def test_large_chunks_in_parts(proxy: gcs.Proxy, name: str, outer: tuple[int, ...]) -> None:
+    leaves, arrays, root = large_arrays(name)
+    for budget in (1, 4 << 20, BUDGET):
+        proxy.clear()
+        values = {leaf.key: np.zeros(leaf.shape, leaf.dtype) for leaf in leaves}
+        order: list[str] = []
+        completed: list[str] = []
+        waits = list[Wait]()
+        for found in read_regions(
+            leaves,
+            arrays,
+            budget,
+            root,
+            in_parts=True,
+            outer=dict.fromkeys("abc", outer),
+            on_wait=waits.append,
+        ):
+            assert found.leaf.key not in completed
+            values[found.leaf.key][found.region] = found.array
+            order.append(found.leaf.key)
+            if found.last:
+                completed.append(found.leaf.key)
+        for key in "abc":
+            np.testing.assert_array_equal(values[key].view(np.uint16), LARGE.view(np.uint16))
+        assert sorted(completed) == ["a", "b", "c", "small"]
+        if budget < BUDGET or leaves[0].chunks == LARGE.shape:
+            assert len(order) > 8, "parts"
+        if budget == BUDGET and leaves[0].chunks == LARGE.shape:
+            assert order[:7] == ["small", "a", "b", "c", "a", "b", "c"], "in turn"
+        gcs.assert_once(proxy, root)
+        assert all(wait.network is not None and wait.network <= wait.seconds + 0.01 for wait in waits)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        *itertools.product(
+            ["v2", "v3, a chunk per shard", "v3, chunks in shards"], ["flipped", "short", "gone"]
+        ),
+        ("v3, a chunk per shard", "index"),
+    ],
+)
+def test_damage_in_a_part(proxy: gcs.Proxy, name: str, damage: str) -> None:
+    """What is wrong far behind the first part is an error with TensorStore's words, and nothing hangs."""
+    leaves, arrays, root = large_arrays(name)
+    server = gcs.shared()[0]
+    prefix = root.removeprefix(f"gs://{gcs.BUCKET}/")
+    victim = max(server.names(gcs.BUCKET, f"{prefix}b/"), key=lambda name: len(server.get(gcs.BUCKET, name)))
+    data = bytearray(server.get(gcs.BUCKET, victim))
+    middle = len(data) * 3 // 4
+    match damage:
+        case "flipped":
+            data[middle : middle + 4000] = bytes(4000)
+        case "short":
+            del data[middle:]
+        case "index":
+            data[-10] ^= 0xFF
+    if damage == "gone":
+        server.delete(gcs.BUCKET, victim)
+    else:
+        server.put(gcs.BUCKET, victim, bytes(data))
+    with pytest.raises(errors.ReadError, match="cannot read leaf b of"):
+        for _ in read_regions(leaves, arrays, BUDGET, root, in_parts=True):
+            pass
+
+
+def test_index_in_a_database(proxy: gcs.Proxy) -> None:
+    """The index of a shard comes before parts are given away: what they were decoded from is what it names."""
+    base = {"driver": "ocdbt", "base": f"gs://{gcs.BUCKET}/parts/database/", "path": "a/"}
+    array = stored_array(base, LARGE, v3(LARGE.shape, [*LARGE.shape], [sharded([*LARGE.shape])]), "zarr3")
+    leaf = Leaf("a", ("a",), LARGE.shape, BFLOAT16, LARGE.shape)
+    regions = list(read_regions([leaf], {"a": array}, 1, "here", in_parts=True))
+    assert len(regions) > 3
+    assert array.kvstore is not None
+    value = bytearray(array.kvstore["c/0/0/0/0"])
+    value[-10] ^= 0xFF
+    array.kvstore["c/0/0/0/0"] = bytes(value)
+    opened = ts.open(array.spec(), open=True).result()
+    damaged = read_regions([leaf], {"a": opened}, 1, "here", in_parts=True)
+    with pytest.raises(errors.ReadError, match="cannot read leaf a of"):
+        next(damaged)
+
+
+@pytest.mark.parametrize(
+    "fault", [{"hang": 60}, {"cut": 500_000}, {"status": 503}], ids=["stall", "cut", "503"]
+)
+def test_faults_while_parts_are_read(proxy: gcs.Proxy, fault: dict[str, Any]) -> None:
+    leaves, arrays, root = large_arrays("v3, a chunk per shard")
+    proxy.clear()
+    proxy.faults = [gcs.Fault("read .*/b/c", after=3, times=1, **fault)]
+    values = np.zeros(LARGE.shape, BFLOAT16)
+    for found in read_regions(leaves, arrays, BUDGET, root, in_parts=True):
+        if found.leaf.key == "b":
+            values[found.region] = found.array
+    np.testing.assert_array_equal(values.view(np.uint16), LARGE.view(np.uint16))
+    gcs.assert_once(proxy, root)
+    assert sum(request.status not in (200, 206) for request in proxy.requests) == 1
+
+
+class Recorder:
+    """A store whose values never arrive; notes the ranges that are asked for."""
+
+    def __init__(self) -> None:
+        self.requested: collections.Counter[str] = collections.Counter()
+
+    def read(self, key: str, byte_range: slice, staleness_bound: float) -> Any:
+        self.requested[key] += byte_range.stop - byte_range.start
+        return ts.Promise[Any].new()[1]
+
+    def await_requested(self, **ranges: int) -> None:
+        """Waits until so many ranges of each value were asked for, and asserts that it stays so."""
+        wanted = {name: count * RANGE for name, count in ranges.items()}
+        deadline = time.monotonic() + 5
+        while self.requested != wanted and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        assert self.requested == wanted
+
+
+def test_a_stream_that_is_found_late_gets_its_part_of_the_window() -> None:
+    """Those after it would fill the window with bytes that nobody reads yet, and it would get one range at a time."""
+    store = Recorder()
+    found: dict[str, Located] = {}
+
+    def streams(fetcher: Fetcher) -> Iterator[Stream]:
+        for name in "abcdef":
+            yield Stream(fetcher, functools.partial(operator.setitem, found, name))
+
+    fetcher = Fetcher(streams, 12 * RANGE, 3, Transfers())
+    fetcher.start()
+
+    def locate(name: str) -> None:
+        found[name](Extent(cast(Any, store), name, 0, 100 * RANGE, 100 * RANGE))
+
+    try:
+        while len(found) < 4:
+            time.sleep(0.01)
+        for name in "abd":
+            locate(name)
+        store.await_requested(a=4, b=4)
+        locate("c")
+        store.await_requested(a=4, b=4, c=4)
+    finally:
+        fetcher.close()
+        fetcher.join()
+
+
+def test_streams_that_are_read_go_on_in_a_window_of_one_range() -> None:
+    store = Recorder()
+
+    def streams(fetcher: Fetcher) -> Iterator[Stream]:
+        for name in "abcd":
+            extent = Extent(cast(Any, store), name, 0, 100 * RANGE, 100 * RANGE)
+            yield Stream(fetcher, lambda found, extent=extent: found(extent))
+
+    fetcher = Fetcher(streams, 1, 3, Transfers())
+    fetcher.start()
+    try:
+        store.await_requested(a=1, b=1, c=1)
+    finally:
+        fetcher.close()
+        fetcher.join()
 
 
 def test_missing_chunks_in_shards(proxy: gcs.Proxy) -> None:

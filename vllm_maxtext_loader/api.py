@@ -12,13 +12,8 @@ import numpy as np
 
 from vllm_maxtext_loader import families
 from vllm_maxtext_loader.checkpoint.find import ItemLocation, locate
-from vllm_maxtext_loader.checkpoint.reader import (
-    DecodedRegion,
-    Region,
-    Wait,
-    read_regions,
-    trailing_zero_rows,
-)
+from vllm_maxtext_loader.checkpoint.reader import DecodedRegion, Wait, read_regions, trailing_zero_rows
+from vllm_maxtext_loader.checkpoint.regions import Region
 from vllm_maxtext_loader.checkpoint.storage.path import tensorstore_context
 from vllm_maxtext_loader.checkpoint.storage.ranges import Transfers
 from vllm_maxtext_loader.checkpoint.tree import EMBEDDING_LEAF, Leaf, Tree, read_tree
@@ -108,6 +103,7 @@ class Checkpoint:
         needed: Callable[[Leaf, Region], bool] | None = None,
         transfers: Transfers | None = None,
         exchange: Exchange | None = None,
+        in_parts: bool = False,
     ) -> Iterator[DecodedRegion]:
         """Decoded regions of the planned leaves, in stored order. Reading begins with the call.
 
@@ -116,6 +112,7 @@ class Checkpoint:
             needed: whether a region is wanted; regions that are not are not read. None means all are.
             transfers: what is fetched from a bucket is added to it.
             exchange: with other hosts, of regions; `needed` is then not asked.
+            in_parts: whether large chunks from a bucket may come as several regions, those of several leaves in turn.
 
         Raises:
             ReadError: a chunk is missing, truncated or corrupt.
@@ -132,6 +129,7 @@ class Checkpoint:
             on_wait=on_wait,
             transfers=transfers,
             exchange=exchange,
+            in_parts=in_parts,
         )
 
     def hf_weights(

@@ -173,10 +173,34 @@ def _another_node() -> Callable[[], None]:
     return lambda: vars_set(TPUWorker, "__init__", init)
 
 
+def _small_parts() -> Callable[[], None]:
+    """Cuts chunks from a bucket into parts of half a kilobyte, as those of large checkpoints are cut into megabytes."""
+    from vllm_maxtext_loader.checkpoint import parts, remote
+
+    least, in_turn = parts._LEAST_BYTES, remote.in_turn
+    cut = 0
+    parts._LEAST_BYTES = 512
+
+    def counted(*args: Any) -> Any:
+        nonlocal cut
+        ordered = in_turn(*args)
+        cut += sum(read.whole is not None for read in ordered)
+        return ordered
+
+    remote.in_turn = counted
+
+    def back() -> None:
+        parts._LEAST_BYTES, remote.in_turn = least, in_turn
+        assert cut > 100
+
+    return back
+
+
 CHANGES: dict[str, Callable[[], Callable[[], None]]] = {
     "parameter": _add_parameter,
     "less": _take_less,
     "another node": _another_node,
+    "small parts": _small_parts,
 }
 """What a job can have changed around vLLM's model, each with the way back."""
 

@@ -16,7 +16,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from support.checkpoints import cases
 from vllm_maxtext_loader import open_checkpoint
-from vllm_maxtext_loader.checkpoint.reader import DecodedRegion, chunk_regions
+from vllm_maxtext_loader.checkpoint.reader import DecodedRegion
+from vllm_maxtext_loader.checkpoint.regions import chunk_regions
 from vllm_maxtext_loader.tpu.columns import ColumnRange
 from vllm_maxtext_loader.tpu.placement import ShardWriter, _layer, _layer_shape
 from vllm_maxtext_loader.tpu.shards import PendingArray

@@ -93,7 +93,8 @@ def filling(writer: Any) -> tuple[Any, dict[str, Any]]:
     import numpy as np
 
     from vllm_maxtext_loader import open_checkpoint
-    from vllm_maxtext_loader.checkpoint.reader import DecodedRegion, chunk_regions
+    from vllm_maxtext_loader.checkpoint.reader import DecodedRegion
+    from vllm_maxtext_loader.checkpoint.regions import chunk_regions
     from vllm_maxtext_loader.conversion.convert import keep_scales
     from vllm_maxtext_loader.tpu.device_shards import fill_on_devices
 

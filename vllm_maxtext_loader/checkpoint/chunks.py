@@ -6,11 +6,14 @@ checkpoint.
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -18,7 +21,8 @@ import numpy as np
 import tensorstore as ts
 
 from vllm_maxtext_loader.checkpoint.arrays import is_damage
-from vllm_maxtext_loader.checkpoint.encoding import Encoding, Index
+from vllm_maxtext_loader.checkpoint.encoding import Decoder, Encoding, Index
+from vllm_maxtext_loader.checkpoint.regions import Region
 from vllm_maxtext_loader.checkpoint.storage import gcs
 from vllm_maxtext_loader.checkpoint.storage.ranges import (
     Extent,
@@ -28,8 +32,6 @@ from vllm_maxtext_loader.checkpoint.storage.ranges import (
     UnexpectedValueError,
 )
 from vllm_maxtext_loader.errors import MaxTextLoadError
-
-Region = tuple[slice, ...]
 
 _POLL_SECONDS = 0.25
 _MOST_LISTED = 200_000
@@ -79,10 +81,16 @@ class RemoteArray:
         encoding: how it is stored.
         fetcher: what fetches its bytes.
         lister: runs listings of the bucket.
+        is_large: whether a chunk of so many bytes is decoded in parts.
     """
 
     def __init__(
-        self, array: ts.TensorStore, encoding: Encoding, fetcher: Fetcher, lister: ThreadPoolExecutor
+        self,
+        array: ts.TensorStore,
+        encoding: Encoding,
+        fetcher: Fetcher,
+        lister: ThreadPoolExecutor,
+        is_large: Callable[[int], bool],
     ) -> None:
         self._array, self._encoding, self._fetcher, self._lister = array, encoding, fetcher, lister
         store, spec = array.kvstore, _bucket_store(array)
@@ -93,9 +101,12 @@ class RemoteArray:
         self._url = f"gs://{spec.get('bucket', '')}/{spec.get('path', '')}".rstrip("/")
         self._indices: dict[str, ts.Future[ts.KvStore.ReadResult]] = {}
         self._nbytes = chunk_nbytes(array)
-        # A shard of one chunk is read whole: its index comes with the last range.
+        # A shard of one chunk is read whole: its index comes with the last range. That is too late for a chunk that is given away in
+        # parts.
         self._by_index = encoding.sharded and (
-            math.prod(encoding.shard) > 1 or (not self._ocdbt and self._nbytes > fetcher.size)
+            math.prod(encoding.shard) > 1
+            or (not self._ocdbt and self._nbytes > fetcher.size)
+            or is_large(self._nbytes)
         )
 
     def chunks(self, region: Region) -> Iterator[ChunkRead]:
@@ -125,11 +136,16 @@ class RemoteArray:
             try:
                 self._decode(chunk, target)
             except (UnexpectedValueError, ValueError) as error:
-                if isinstance(error, ValueError) and not is_damage(error):
+                if not _is_unexpected(error):
                     raise
-                self._read(chunk, target)
+                self.read(chunk.region, target)
         finally:
             chunk.stream.close()
+
+    def decoder(self, chunk: ChunkRead) -> Decoder:
+        """Decodes a chunk part by part."""
+        assert not self._encoding.sharded or self._by_index
+        return self._encoding.decoder(chunk.stream)
 
     def _decode(self, chunk: ChunkRead, target: np.ndarray) -> None:
         encoding = self._encoding
@@ -144,10 +160,15 @@ class RemoteArray:
         ):
             raise UnexpectedValueError("the chunk is not where the shard's index says")
 
-    def _read(self, chunk: ChunkRead, target: np.ndarray) -> None:
-        """Reads a chunk by TensorStore."""
+    def read(self, region: Region, target: np.ndarray) -> None:
+        """Reads a chunk, or a part of it, by TensorStore.
+
+        Raises:
+            AbandonedError: the fetcher was closed.
+            Exception: the storage failed, or the chunk is damaged; TensorStore's error.
+        """
         destination = ts.array(target, copy=False, write=True)
-        future = destination.write(self._array[chunk.region]).commit
+        future = destination.write(self._array[region]).commit
         while True:
             try:
                 future.result(timeout=_POLL_SECONDS)
@@ -186,6 +207,83 @@ class RemoteArray:
         except Exception as error:
             return error
         return Extent(self._store, key, start, start + nbytes, nbytes)
+
+
+class ChunkParts:
+    """A large chunk, decoded part by part, in order, by whichever thread is free.
+
+    Args:
+        chunk: what is fetched.
+        pool: of threads that decode.
+    """
+
+    def __init__(self, chunk: ChunkRead, pool: ThreadPoolExecutor) -> None:
+        self._chunk, self._pool = chunk, pool
+        self._decoder: Decoder | None = chunk.array.decoder(chunk)
+        self._lock = threading.Lock()
+        self._waiting: collections.deque[tuple[Region, np.ndarray, Future[None]]] = collections.deque()
+        self._error: BaseException | None = None
+
+    def decode(self, region: Region, target: np.ndarray) -> Future[None]:
+        """Decodes the part that comes next; one after the other.
+
+        Args:
+            region: the part, as a region of the array.
+            target: where to; of the region's shape.
+        """
+        future: Future[None] = Future()
+        with self._lock:
+            self._waiting.append((region, target, future))
+            if len(self._waiting) == 1:
+                self._pool.submit(self._run)
+        return future
+
+    def _run(self) -> None:
+        """Decodes one part. The next one queues behind those of other chunks."""
+        region, target, future = self._waiting[0]
+        try:
+            if self._error is not None:
+                raise self._error
+            self._decode(region, target)
+        except BaseException as error:
+            self._error = error
+            self._chunk.stream.close()
+            future.set_exception(error)
+        else:
+            future.set_result(None)
+        with self._lock:
+            self._waiting.popleft()
+            if self._waiting:
+                # Closed meanwhile: nobody waits any more.
+                with contextlib.suppress(RuntimeError):
+                    self._pool.submit(self._run)
+
+    def _decode(self, region: Region, target: np.ndarray) -> None:
+        chunk = self._chunk
+        if self._decoder is not None:
+            try:
+                self._decoder.read(target)
+                if ends_together(region, chunk.region):
+                    self._decoder.finish()
+                    chunk.stream.close()
+                return
+            except (UnexpectedValueError, ValueError) as error:
+                if not _is_unexpected(error):
+                    raise
+                self._decoder = None
+                chunk.stream.close()
+        # What was decoded until now is what TensorStore decodes, if it does not refuse the whole chunk.
+        chunk.array.read(region, target)
+
+
+def ends_together(part: Region, whole: Region) -> bool:
+    """Whether a part is the last one, in C order, of a region."""
+    return all(of.stop == end.stop for of, end in zip(part, whole, strict=True))
+
+
+def _is_unexpected(error: Exception) -> bool:
+    """Whether TensorStore should look at the chunk; otherwise the storage has failed."""
+    return isinstance(error, UnexpectedValueError) or is_damage(error)
 
 
 def _sized(found: ts.Future[ts.KvStore.ReadResult], whole: Extent) -> Extent | Exception:

@@ -6,6 +6,7 @@ the index is at the end. Such a chunk is decoded as a stream, straight into its 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -113,31 +114,77 @@ class Encoding:
         Raises:
             UnexpectedValueError: the bytes are not a chunk of this encoding.
         """
+        if not hasattr(_local, "decompressor"):
+            _local.decompressor = zstandard.ZstdDecompressor()
+        decoder = Decoder(source, _local.decompressor if self.zstd else None)
+        decoder.read(target, self.chunk)
+        decoder.finish()
+
+    def decoder(self, source: Source) -> Decoder:
+        """A decoder of one chunk's stored bytes, for as long as is needed, by several threads in turn."""
+        return Decoder(source, zstandard.ZstdDecompressor() if self.zstd else None)
+
+
+class Decoder:
+    """Decodes a chunk from its beginning on, part by part.
+
+    Args:
+        source: its stored bytes, to the end, without the shard's index.
+        decompressor: used for nothing else meanwhile; None where the chunk is stored as it is.
+    """
+
+    def __init__(self, source: Source, decompressor: zstandard.ZstdDecompressor | None) -> None:
+        self._reader = (
+            _Stored(source) if decompressor is None else decompressor.stream_reader(cast(IO[bytes], source))
+        )
+
+    def read(self, target: np.ndarray, shape: tuple[int, ...] | None = None) -> None:
+        """Decodes the values that come next, in C order.
+
+        Args:
+            target: where to.
+            shape: shape of what is stored; None means the target's. Of what is beyond the target, nothing is kept.
+
+        Raises:
+            UnexpectedValueError: the bytes are not of this encoding, or end too early.
+        """
         if not hasattr(_local, "scratch"):
             _local.scratch = np.empty(_SCRATCH_BYTES, np.uint8)
-            _local.decompressor = zstandard.ZstdDecompressor()
-        reader = _local.decompressor.stream_reader(cast(IO[bytes], source)) if self.zstd else _Stored(source)
         # Moved as bits: NumPy copies its own types faster than bfloat16, and without holding the GIL.
         bits = target.view(np.dtype(f"u{target.itemsize}"))
-        try:
-            for part, shape in _parts(self.chunk, target.itemsize):
+        with _zstd_errors():
+            for part, inner in _parts(target.shape if shape is None else shape, target.itemsize):
                 outer = part[: len(part) - 1]
                 # Beyond the end of the array there is no place.
                 outside = any(where >= length for where, length in zip(outer, bits.shape, strict=False))
                 place = bits[:0] if outside else bits[(*part, ...)]
-                if place.shape == shape and place.flags.c_contiguous:
-                    _fill(reader, memoryview(place.reshape(-1).view(np.uint8)))
+                if place.shape == inner and place.flags.c_contiguous:
+                    _fill(self._reader, memoryview(place.reshape(-1).view(np.uint8)))
                     continue
-                nbytes = math.prod(shape) * target.itemsize
-                _fill(reader, memoryview(_local.scratch)[:nbytes])
+                nbytes = math.prod(inner) * target.itemsize
+                _fill(self._reader, memoryview(_local.scratch)[:nbytes])
                 if outside:
                     continue
-                values = _local.scratch[:nbytes].view(bits.dtype).reshape(shape)
+                values = _local.scratch[:nbytes].view(bits.dtype).reshape(inner)
                 place[...] = values[tuple(slice(length) for length in place.shape)]
-            if reader.read(1):
+
+    def finish(self) -> None:
+        """Reads to the end.
+
+        Raises:
+            UnexpectedValueError: there is more than was read.
+        """
+        with _zstd_errors():
+            if self._reader.read(1):
                 raise UnexpectedValueError("the chunk is longer than its shape")
-        except zstandard.ZstdError as error:
-            raise UnexpectedValueError(str(error)) from error
+
+
+@contextlib.contextmanager
+def _zstd_errors() -> Iterator[None]:
+    try:
+        yield
+    except zstandard.ZstdError as error:
+        raise UnexpectedValueError(str(error)) from error
 
 
 class _Stored:

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import itertools
 import math
 import mmap
+import os
 import queue
 import time
 import weakref
@@ -26,8 +26,10 @@ import numpy as np
 import tensorstore as ts
 
 from vllm_maxtext_loader.checkpoint.arrays import array_error
-from vllm_maxtext_loader.checkpoint.chunks import Region, is_remote
-from vllm_maxtext_loader.checkpoint.remote import RegionRead, RemoteReads
+from vllm_maxtext_loader.checkpoint.chunks import is_remote
+from vllm_maxtext_loader.checkpoint.parts import Turns
+from vllm_maxtext_loader.checkpoint.regions import Region, RegionRead, chunk_regions, region_nbytes
+from vllm_maxtext_loader.checkpoint.remote import RemoteReads
 from vllm_maxtext_loader.checkpoint.storage.path import Location
 from vllm_maxtext_loader.checkpoint.storage.ranges import Transfers
 from vllm_maxtext_loader.checkpoint.storage.retry import to_storage_error
@@ -96,41 +98,6 @@ class DecodedRegion:
             reader.result()
 
 
-def chunk_regions(leaf: Leaf, limit: int) -> list[Region]:
-    """Cuts a leaf into regions aligned to its chunks, each of at most `limit` bytes where chunks allow it.
-
-    Chunks are merged along the last axes first, so that regions are contiguous runs in storage order.
-
-    Args:
-        leaf: the array.
-        limit: bytes per region; a single chunk larger than this is still one region.
-    """
-    steps = list(leaf.chunks) if leaf.chunks else []
-    for axis in reversed(range(len(leaf.shape))):
-        size = leaf.shape[axis]
-        inner = (
-            math.prod(min(step, length) for step, length in zip(steps, leaf.shape, strict=True))
-            * leaf.dtype.itemsize
-        )
-        whole = math.ceil(size / steps[axis])
-        multiple = max(1, min(whole, limit // max(1, inner)))
-        # As many regions as that makes, of equal size where it divides: every other size is compiled for once more.
-        multiple = math.ceil(whole / math.ceil(whole / multiple)) if whole else 1
-        steps[axis] = min(size, steps[axis] * multiple)
-        if multiple < whole:
-            break
-    ranges = [
-        [slice(start, min(size, start + max(1, step))) for start in range(0, size, max(1, step))]
-        for size, step in zip(leaf.shape, steps, strict=True)
-    ]
-    return [tuple(region) for region in itertools.product(*ranges)]
-
-
-def region_nbytes(region: Region, itemsize: int) -> int:
-    """Decoded size of a region in bytes."""
-    return math.prod(part.stop - part.start for part in region) * itemsize
-
-
 class _Ring:
     """Memory for regions that are taken and given back in the same order.
 
@@ -185,6 +152,7 @@ def read_regions(
     on_wait: Callable[[Wait], None] | None = None,
     transfers: Transfers | None = None,
     exchange: Exchange | None = None,
+    in_parts: bool = False,
 ) -> Iterator[DecodedRegion]:
     """Every region of every leaf, in order. Reading begins with the call and prefetches ahead of the consumer.
 
@@ -201,6 +169,8 @@ def read_regions(
         transfers: what is fetched from a bucket is added to it.
         exchange: with other hosts; says which regions are read here, and which are received. None means that this host reads
             for itself.
+        in_parts: whether a chunk from a bucket that is large beside the budget may come as several regions, those of several
+            chunks, and leaves, in turn; small leaves then come first. Not with `exchange`, whose regions are what hosts agreed on.
 
     Raises:
         ReadError: a chunk is missing, truncated or corrupt; when its region is asked for.
@@ -212,15 +182,18 @@ def read_regions(
     opened = (arrays[leaf.key] for leaf in leaves if leaf.key in arrays)
     remote = next((is_remote(array) for array in opened if array.kvstore is not None), False)
     window = fetch_window(budget) if remote else 0
+    ring = budget - window
+    turns = Turns.of(ring, len(os.sched_getaffinity(0))) if remote and in_parts else None
     if exchange is not None:
+        assert turns is None
         regions = exchange.reads()
     else:
-        regions = _own_reads(leaves, _region_limit(budget, window), needed)
+        regions = _own_reads(leaves, _region_limit(budget, window), needed, turns)
     if remote:
-        reads = RemoteReads(regions, arrays, window, budget - window, transfers or Transfers())
+        reads = RemoteReads(regions, arrays, window, ring, transfers or Transfers(), turns)
     else:
         reads = LocalReads(regions)
-    prefetcher = _Prefetcher(reads, arrays, _Ring(budget - window), outer or {}, exchange)
+    prefetcher = _Prefetcher(reads, arrays, _Ring(ring), outer or {}, exchange)
     prefetcher.request()
     completed = _completed_reads(prefetcher, watch, on_wait)
     # Also where the iterator is dropped before it was used.
@@ -242,13 +215,18 @@ def _region_limit(budget: int, window: int) -> int:
 
 
 def _own_reads(
-    leaves: Iterable[Leaf], limit: int, needed: Callable[[Leaf, Region], bool] | None
+    leaves: Iterable[Leaf],
+    limit: int,
+    needed: Callable[[Leaf, Region], bool] | None,
+    turns: Turns | None,
 ) -> Iterator[RegionRead]:
     """The regions that a host reads that reads for itself."""
     for leaf in leaves:
-        cut = [region for region in chunk_regions(leaf, limit) if needed is None or needed(leaf, region)]
-        for index, region in enumerate(cut):
-            yield RegionRead(leaf, region, index == len(cut) - 1)
+        alone = turns is not None and turns.is_large(leaf.chunk_nbytes)
+        regions = chunk_regions(leaf, 1 if alone else limit)
+        regions = [region for region in regions if needed is None or needed(leaf, region)]
+        for index, region in enumerate(regions):
+            yield RegionRead(leaf, region, index == len(regions) - 1)
 
 
 class LocalReads:

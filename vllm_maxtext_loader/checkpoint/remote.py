@@ -16,42 +16,21 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import tensorstore as ts
 
-from vllm_maxtext_loader.checkpoint.chunks import ChunkRead, Region, RemoteArray, chunk_nbytes, is_remote
+from vllm_maxtext_loader.checkpoint.chunks import (
+    ChunkParts,
+    ChunkRead,
+    RemoteArray,
+    chunk_nbytes,
+    ends_together,
+    is_remote,
+)
 from vllm_maxtext_loader.checkpoint.encoding import Encoding
+from vllm_maxtext_loader.checkpoint.parts import Turns, in_turn
+from vllm_maxtext_loader.checkpoint.regions import Region, RegionRead
 from vllm_maxtext_loader.checkpoint.storage.ranges import Fetcher, Stream, Transfers
-from vllm_maxtext_loader.checkpoint.tree import Leaf
 
 _POLL_SECONDS = 0.25
 _LISTINGS = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class RegionRead:
-    """A region to be read.
-
-    Attributes:
-        leaf, region, last: as of `DecodedRegion`.
-        chunks: the chunks it consists of; None where TensorStore reads it.
-        source: as of `DecodedRegion`.
-        number: by which the source knows it.
-    """
-
-    leaf: Leaf
-    region: Region
-    last: bool
-    chunks: tuple[ChunkRead, ...] | None = None
-    source: int | None = None
-    number: int = 0
-
-    def network_seconds(self, start: float, end: float) -> float | None:
-        """Seconds between `start` and `end` in which a decoder waited for bytes; None where that is not known."""
-        if self.chunks is None:
-            return None
-        waits = [
-            sum(max(0.0, min(end, stop) - max(start, begin)) for begin, stop in chunk.stream.waits)
-            for chunk in self.chunks
-        ]
-        return max(waits, default=0.0)
 
 
 class RemoteReads:
@@ -63,6 +42,7 @@ class RemoteReads:
         window: stored bytes that may be in memory.
         ring: bytes that may be decoded at a time.
         transfers: what is fetched is added to it.
+        turns: how large chunks are decoded in parts; None where they are not.
     """
 
     def __init__(
@@ -72,6 +52,7 @@ class RemoteReads:
         window: int,
         ring: int,
         transfers: Transfers,
+        turns: Turns | None,
     ) -> None:
         cores = len(os.sched_getaffinity(0))
         largest = max((chunk_nbytes(array) for array in arrays.values()), default=1)
@@ -81,11 +62,11 @@ class RemoteReads:
         self._lister = ThreadPoolExecutor(_LISTINGS, thread_name_prefix="maxtext-list")
         # More threads than cores: some wait for bytes.
         self._decoders = ThreadPoolExecutor(cores + 2, thread_name_prefix="maxtext-decode")
-        # As many large chunks arrive side by side as can be decoded side by side.
-        beside = max(1, min(cores, ring // largest))
-        self._fetcher = Fetcher(
-            functools.partial(self._streams, regions), window, window // beside, transfers
-        )
+        # As many large chunks arrive side by side as are decoded side by side.
+        beside = max(1, min(cores, ring // largest), turns.chunks if turns else 1)
+        self._turns = turns
+        self._chunks: dict[tuple[str | int, ...], tuple[ChunkRead, ChunkParts]] = {}
+        self._fetcher = Fetcher(functools.partial(self._streams, regions), window, beside, transfers)
         self._fetcher.start()
 
     def get(self, *, block: bool) -> RegionRead | None:
@@ -109,6 +90,8 @@ class RemoteReads:
     def decode(self, read: RegionRead, values: np.ndarray) -> AllOf:
         """Decodes a region into `values`."""
         assert read.chunks is not None
+        if read.parts is not None:
+            return AllOf([read.parts.decode(read.region, values)])
         return AllOf(
             [self._decoders.submit(chunk.array.decode, chunk, values[chunk.place]) for chunk in read.chunks]
         )
@@ -122,25 +105,58 @@ class RemoteReads:
     def _streams(self, regions: Iterable[RegionRead], fetcher: Fetcher) -> Iterator[Stream]:
         """The streams of all regions, each region being put into the queue before them."""
         try:
-            for read in regions:
-                array = self._array(read.leaf.key, fetcher) if read.source is None else None
-                chunks = None if array is None else tuple(array.chunks(read.region))
-                self._reads.put(dataclasses.replace(read, chunks=chunks))
-                for chunk in chunks or ():
-                    yield chunk.stream
+            for read in self._in_turn(regions, fetcher):
+                array = self._array(read, fetcher)
+                if array is None:
+                    self._reads.put(read)
+                elif read.whole is None:
+                    chunks = tuple(array.chunks(read.region))
+                    self._reads.put(dataclasses.replace(read, chunks=chunks))
+                    for chunk in chunks:
+                        yield chunk.stream
+                else:
+                    yield from self._part(array, read, read.whole)
         except Exception as error:
             self._reads.put(error)
         else:
             self._reads.put(None)
 
-    def _array(self, key: str, fetcher: Fetcher) -> RemoteArray | None:
+    def _in_turn(self, regions: Iterable[RegionRead], fetcher: Fetcher) -> Iterable[RegionRead]:
+        if self._turns is None:
+            return regions
+        return in_turn(regions, self._turns, lambda read: self._array(read, fetcher) is not None)
+
+    def _part(self, array: RemoteArray, read: RegionRead, whole: Region) -> Iterator[Stream]:
+        """Puts a part of a chunk into the queue; the chunk's stream, if it is the first part."""
+        key = (read.leaf.key, *(part.start for part in whole))
+        is_first = key not in self._chunks
+        if is_first:
+            (chunk,) = array.chunks(whole)
+            self._chunks[key] = chunk, ChunkParts(chunk, self._decoders)
+        chunk, parts = self._chunks[key]
+        if ends_together(read.region, whole):
+            del self._chunks[key]
+        self._reads.put(dataclasses.replace(read, chunks=(chunk,), parts=parts))
+        if is_first:
+            yield chunk.stream
+
+    def _array(self, read: RegionRead, fetcher: Fetcher) -> RemoteArray | None:
+        """The array of a region that is fetched here; None where TensorStore reads it, or another host."""
+        if read.source is not None:
+            return None
+        key = read.leaf.key
         if key not in self._remote:
             array = self._arrays[key]
             encoding = Encoding.of(array) if is_remote(array) else None
             self._remote[key] = (
-                None if encoding is None else RemoteArray(array, encoding, fetcher, self._lister)
+                None
+                if encoding is None
+                else RemoteArray(array, encoding, fetcher, self._lister, self._is_large)
             )
         return self._remote[key]
+
+    def _is_large(self, nbytes: int) -> bool:
+        return self._turns is not None and self._turns.is_large(nbytes)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from vllm_maxtext_loader.checkpoint.reader import DecodedRegion, Region
+from vllm_maxtext_loader.checkpoint.reader import DecodedRegion
+from vllm_maxtext_loader.checkpoint.regions import Region
 from vllm_maxtext_loader.conversion.plan import CopyOp, LeafConversion, Plan, TensorSpec
 from vllm_maxtext_loader.conversion.values import fold_expert_scale, round_to, to_float32
 from vllm_maxtext_loader.dtypes import BFLOAT16

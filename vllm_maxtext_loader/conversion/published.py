@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from vllm_maxtext_loader.checkpoint.reader import Region
+from vllm_maxtext_loader.checkpoint.regions import Region
 from vllm_maxtext_loader.conversion.family import WeightConverter
 from vllm_maxtext_loader.conversion.plan import TensorSpec
 from vllm_maxtext_loader.conversion.rearrange import PART, Rearrange

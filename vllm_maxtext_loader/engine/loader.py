@@ -140,7 +140,8 @@ class MaxTextModelLoader(BaseModelLoader):
 
                 # Several hosts: what each reads depends on what its own devices hold, which must be known first. One host
                 # reads while that is being found out.
-                regions = None if placement.several_processes() else watch(read())
+                in_parts = self.options.checksums is None  # which are of whole chunks
+                regions = None if placement.several_processes() else watch(read(in_parts=in_parts))
                 shard_writer = placement.ShardWriter(
                     model, checkpoint.plan, numpy_dtype(model_config.dtype), fold
                 )
@@ -150,7 +151,7 @@ class MaxTextModelLoader(BaseModelLoader):
 
                     exchange = begin(checkpoint, shard_writer, vars(model_config).get(SERVED))
                     if exchange is None:
-                        regions = watch(read(needed=shard_writer.is_local))
+                        regions = watch(read(needed=shard_writer.is_local, in_parts=in_parts))
                     else:
                         regions = ending.enter_context(exchange).offer(watch(read(exchange=exchange)))
                 regions = shard_writer.stream(values.stream(regions), on_written=progress.on_written)

@@ -33,7 +33,8 @@ from vllm_maxtext_loader.options import GIB, available_nbytes
 
 if TYPE_CHECKING:
     from vllm_maxtext_loader.checkpoint.find import ItemLocation
-    from vllm_maxtext_loader.checkpoint.reader import DecodedRegion, Region
+    from vllm_maxtext_loader.checkpoint.reader import DecodedRegion
+    from vllm_maxtext_loader.checkpoint.regions import Region
     from vllm_maxtext_loader.engine.origin import Origin
     from vllm_maxtext_loader.tpu.swap import Slot, StagedArray, Values
 

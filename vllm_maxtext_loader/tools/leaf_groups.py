@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
-from vllm_maxtext_loader.checkpoint.reader import Region
+from vllm_maxtext_loader.checkpoint.regions import Region
 from vllm_maxtext_loader.checkpoint.tree import Leaf
 from vllm_maxtext_loader.conversion.plan import LeafConversion, Plan, TensorSpec
 from vllm_maxtext_loader.errors import OptionError

@@ -27,7 +27,8 @@ from typing import Any
 import numpy as np
 
 from vllm_maxtext_loader.api import Checkpoint
-from vllm_maxtext_loader.checkpoint.reader import DecodedRegion, Region, read_regions
+from vllm_maxtext_loader.checkpoint.reader import DecodedRegion, read_regions
+from vllm_maxtext_loader.checkpoint.regions import Region
 from vllm_maxtext_loader.checkpoint.storage.path import Location
 from vllm_maxtext_loader.conversion.convert import ScaleStore, cast, compute, layer_of, locate
 from vllm_maxtext_loader.conversion.family import WeightConverter

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from vllm_maxtext_loader.checkpoint.chunks import Region
 from vllm_maxtext_loader.checkpoint.exchange.sharing import Needs
+from vllm_maxtext_loader.checkpoint.regions import Region
 from vllm_maxtext_loader.checkpoint.tree import Leaf
 from vllm_maxtext_loader.conversion.plan import CopyOp, LeafConversion
 from vllm_maxtext_loader.tpu.shards import PendingArray

@@ -29,7 +29,8 @@ import jax
 import numpy as np
 from torch import nn
 
-from vllm_maxtext_loader.checkpoint.reader import DecodedRegion, Region
+from vllm_maxtext_loader.checkpoint.reader import DecodedRegion
+from vllm_maxtext_loader.checkpoint.regions import Region
 from vllm_maxtext_loader.checkpoint.tree import Leaf
 from vllm_maxtext_loader.conversion.convert import ScaleStore, cast, keep_scales, layer_of, locate
 from vllm_maxtext_loader.conversion.family import Scope
@@ -203,10 +204,10 @@ class ShardWriter:
         """Writes the regions it handles, passes the others on.
 
         Args:
-            regions: every region of the plan that is needed, in its order.
+            regions: every region of the plan that is needed; of scales that are folded into experts, before those of the experts.
             on_written: called with each region that has been written.
         """
-        unfinished = collections.deque(self.plan.leaves)
+        unfinished = dict(self._entries)
         writing = self._writing
 
         def collect(*, block: bool) -> None:
@@ -222,10 +223,7 @@ class ShardWriter:
 
         with ThreadPoolExecutor(self._threads, thread_name_prefix="maxtext-write") as writers:
             for decoded in regions:
-                # A leaf of which nothing is needed here has no region.
-                while unfinished[0].leaf.key != decoded.leaf.key:
-                    self._complete(unfinished.popleft())
-                entry = unfinished[0]
+                entry = unfinished[decoded.leaf.key]
                 if self.fold:
                     keep_scales(entry, decoded, self.scales)
                 if self.handles(entry):
@@ -236,10 +234,11 @@ class ShardWriter:
                 else:
                     yield decoded
                 if decoded.last:
-                    unfinished.popleft()
+                    del unfinished[decoded.leaf.key]
             collect(block=True)
-            while unfinished:
-                self._complete(unfinished.popleft())
+            # A leaf of which nothing is needed here has no region.
+            for entry in unfinished.values():
+                self._complete(entry)
 
     def replicate(self, names: Iterable[str]) -> None:
         """Puts the weights that were loaded the usual way, and rotary tables, on every device.

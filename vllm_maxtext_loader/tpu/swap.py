@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn import Parameter
 from torchax.interop import jax_view, torch_view
 
-from vllm_maxtext_loader.checkpoint.reader import Region
+from vllm_maxtext_loader.checkpoint.regions import Region
 from vllm_maxtext_loader.errors import EngineError, TornWeightsError
 from vllm_maxtext_loader.tpu.shards import PendingArray
 

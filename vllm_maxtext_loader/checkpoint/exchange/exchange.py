@@ -19,7 +19,7 @@ import numpy as np
 from vllm_maxtext_loader.checkpoint.exchange.peers import Peers
 from vllm_maxtext_loader.checkpoint.exchange.sharing import Assignment, Share
 from vllm_maxtext_loader.checkpoint.reader import DecodedRegion
-from vllm_maxtext_loader.checkpoint.remote import RegionRead
+from vllm_maxtext_loader.checkpoint.regions import RegionRead
 
 
 class Exchange:

@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from vllm_maxtext_loader.checkpoint.chunks import Region
-from vllm_maxtext_loader.checkpoint.reader import chunk_regions, region_nbytes
+from vllm_maxtext_loader.checkpoint.regions import Region, chunk_regions, region_nbytes
 from vllm_maxtext_loader.checkpoint.tree import Leaf
 
 _SMALL_BYTES = 1 << 20

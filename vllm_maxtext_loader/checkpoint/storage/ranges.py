@@ -172,20 +172,22 @@ class Fetcher(threading.Thread):
     Args:
         streams: what to fetch; taken in this thread, as far ahead as the window reaches.
         window: bytes that may be requested and not consumed yet; at least one range is.
-        ahead: bytes of the window that one stream may use; at least two ranges.
+        beside: streams that are read side by side; each may use as large a part of the window, and the first of them always go
+            on.
         transfers: what is fetched is added to it.
     """
 
     def __init__(
-        self, streams: Callable[[Fetcher], Iterator[Stream]], window: int, ahead: int, transfers: Transfers
+        self, streams: Callable[[Fetcher], Iterator[Stream]], window: int, beside: int, transfers: Transfers
     ) -> None:
         super().__init__(name="maxtext-fetch", daemon=True)
         self.transfers = transfers
         self._streams: Iterator[Stream] | None = streams(self)
         self._size = max(_SMALLEST_RANGE, min(_LARGEST_RANGE, window // REQUESTS))
         self._window = max(window, self._size)
-        # Two, so that one is under way while the other is decoded.
-        self._ahead = max(ahead, 2 * self._size)
+        self._beside = beside
+        # Two ranges, so that one is under way while the other is decoded.
+        self._ahead = max(window // beside, 2 * self._size)
         self._events: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._active: collections.deque[Stream] = collections.deque()
         self._outstanding = self._in_flight = 0
@@ -252,13 +254,23 @@ class Fetcher(threading.Thread):
             self._error = error
 
     def _fill(self) -> None:
+        # Room that streams which are read now have not taken yet, since they are not located; later ones leave it to them.
+        reserved = 0
         for position, stream in enumerate(list(self._active)):
-            while self._may_request(stream, first=position == 0):
-                self._request(stream)
-            if self._in_flight >= REQUESTS or (position and self._outstanding >= self._window):
+            is_read = position < self._beside
+            room = self._window - self._outstanding - reserved
+            while self._may_request(stream, room, is_read=is_read):
+                room -= self._request(stream)
+            if self._in_flight >= REQUESTS or (not is_read and room <= 0):
                 return
-        while self._in_flight < REQUESTS and self._outstanding < self._window and self._take():
-            pass
+            if is_read and stream.extent is None:
+                reserved += self._ahead
+        # Those that are read side by side are always known.
+        while self._in_flight < REQUESTS and (
+            self._outstanding + reserved < self._window or len(self._active) < self._beside
+        ):
+            if not self._take():
+                return
 
     def _take(self) -> bool:
         """Makes the next stream active, and has it located; says whether there is one."""
@@ -281,18 +293,16 @@ class Fetcher(threading.Thread):
         # Ranges of equal size, rather than a small one at the end.
         stream.step = math.ceil(found.nbytes / math.ceil(found.nbytes / self._size)) if found.nbytes else 0
 
-    def _may_request(self, stream: Stream, *, first: bool) -> bool:
+    def _may_request(self, stream: Stream, room: int, *, is_read: bool) -> bool:
         if stream.extent is None or stream.done or self._in_flight >= REQUESTS:
             return False
-        # A decoder waits for the first: it always goes on, or the window could fill up with what comes later.
-        if first and not stream.ahead:
+        # Decoders wait for the first: they always go on, or the window could fill up with what comes later.
+        if is_read and not stream.ahead:
             return True
-        return (
-            stream.ahead + stream.step <= max(self._ahead, stream.step)
-            and self._outstanding + stream.step <= self._window
-        )
+        return stream.ahead + stream.step <= max(self._ahead, stream.step) and stream.step <= room
 
-    def _request(self, stream: Stream) -> None:
+    def _request(self, stream: Stream) -> int:
+        """Requests the next range of a stream; returns its size."""
         extent = stream.extent
         assert extent is not None
         if extent.stop is None:
@@ -310,6 +320,7 @@ class Fetcher(threading.Thread):
         future.add_done_callback(lambda _: self._events.put(self._arrived))
         if stream.requested >= extent.nbytes:
             self._finish(stream)
+        return size
 
     def _finish(self, stream: Stream) -> None:
         """No more of the stream is requested."""
