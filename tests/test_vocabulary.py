@@ -17,7 +17,7 @@ from support.checkpoints import Tree, cases, read_orbax, write_orbax
 from vllm_maxtext_loader import errors, open_checkpoint
 from vllm_maxtext_loader.api import Checkpoint
 from vllm_maxtext_loader.checkpoint import tree as trees
-from vllm_maxtext_loader.checkpoint.reader import count_nonzero_rows
+from vllm_maxtext_loader.checkpoint.rows import count_nonzero_rows
 from vllm_maxtext_loader.conversion.plan import make_plan
 from vllm_maxtext_loader.engine.probe import check_vocabulary, probe
 from vllm_maxtext_loader.errors import ConfigMismatchError

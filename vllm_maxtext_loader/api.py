@@ -12,8 +12,9 @@ import numpy as np
 
 from vllm_maxtext_loader import families
 from vllm_maxtext_loader.checkpoint.find import ItemLocation, locate
-from vllm_maxtext_loader.checkpoint.reader import DecodedRegion, Wait, read_regions, trailing_zero_rows
+from vllm_maxtext_loader.checkpoint.reader import DecodedRegion, Wait, read_regions
 from vllm_maxtext_loader.checkpoint.regions import Region
+from vllm_maxtext_loader.checkpoint.rows import trailing_zero_rows
 from vllm_maxtext_loader.checkpoint.storage.path import tensorstore_context
 from vllm_maxtext_loader.checkpoint.storage.ranges import Transfers
 from vllm_maxtext_loader.checkpoint.tree import EMBEDDING_LEAF, Leaf, Tree, read_tree

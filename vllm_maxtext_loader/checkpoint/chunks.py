@@ -6,13 +6,10 @@ checkpoint.
 
 from __future__ import annotations
 
-import collections
-import contextlib
 import dataclasses
 import functools
 import math
 import re
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -136,7 +133,7 @@ class RemoteArray:
             try:
                 self._decode(chunk, target)
             except (UnexpectedValueError, ValueError) as error:
-                if not _is_unexpected(error):
+                if not is_unexpected(error):
                     raise
                 self.read(chunk.region, target)
         finally:
@@ -209,79 +206,7 @@ class RemoteArray:
         return Extent(self._store, key, start, start + nbytes, nbytes)
 
 
-class ChunkParts:
-    """A large chunk, decoded part by part, in order, by whichever thread is free.
-
-    Args:
-        chunk: what is fetched.
-        pool: of threads that decode.
-    """
-
-    def __init__(self, chunk: ChunkRead, pool: ThreadPoolExecutor) -> None:
-        self._chunk, self._pool = chunk, pool
-        self._decoder: Decoder | None = chunk.array.decoder(chunk)
-        self._lock = threading.Lock()
-        self._waiting: collections.deque[tuple[Region, np.ndarray, Future[None]]] = collections.deque()
-        self._error: BaseException | None = None
-
-    def decode(self, region: Region, target: np.ndarray) -> Future[None]:
-        """Decodes the part that comes next; one after the other.
-
-        Args:
-            region: the part, as a region of the array.
-            target: where to; of the region's shape.
-        """
-        future: Future[None] = Future()
-        with self._lock:
-            self._waiting.append((region, target, future))
-            if len(self._waiting) == 1:
-                self._pool.submit(self._run)
-        return future
-
-    def _run(self) -> None:
-        """Decodes one part. The next one queues behind those of other chunks."""
-        region, target, future = self._waiting[0]
-        try:
-            if self._error is not None:
-                raise self._error
-            self._decode(region, target)
-        except BaseException as error:
-            self._error = error
-            self._chunk.stream.close()
-            future.set_exception(error)
-        else:
-            future.set_result(None)
-        with self._lock:
-            self._waiting.popleft()
-            if self._waiting:
-                # Closed meanwhile: nobody waits any more.
-                with contextlib.suppress(RuntimeError):
-                    self._pool.submit(self._run)
-
-    def _decode(self, region: Region, target: np.ndarray) -> None:
-        chunk = self._chunk
-        if self._decoder is not None:
-            try:
-                self._decoder.read(target)
-                if ends_together(region, chunk.region):
-                    self._decoder.finish()
-                    chunk.stream.close()
-                return
-            except (UnexpectedValueError, ValueError) as error:
-                if not _is_unexpected(error):
-                    raise
-                self._decoder = None
-                chunk.stream.close()
-        # What was decoded until now is what TensorStore decodes, if it does not refuse the whole chunk.
-        chunk.array.read(region, target)
-
-
-def ends_together(part: Region, whole: Region) -> bool:
-    """Whether a part is the last one, in C order, of a region."""
-    return all(of.stop == end.stop for of, end in zip(part, whole, strict=True))
-
-
-def _is_unexpected(error: Exception) -> bool:
+def is_unexpected(error: Exception) -> bool:
     """Whether TensorStore should look at the chunk; otherwise the storage has failed."""
     return isinstance(error, UnexpectedValueError) or is_damage(error)
 

@@ -1,4 +1,4 @@
-"""Large chunks in parts: the order in which parts of several chunks are decoded in turn.
+"""Large chunks in parts, those of several chunks in turn.
 
 One chunk is one compressed stream, which one core decodes from its beginning. A checkpoint whose chunks are few and large would keep one
 core busy, and memory for whole chunks. A stream can be stopped and continued, though: here a chunk is cut into parts, consecutive in its
@@ -7,12 +7,21 @@ stream, and as many chunks as keep all cores busy take turns, part by part.
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import dataclasses
 import itertools
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
+import numpy as np
+
+from vllm_maxtext_loader.checkpoint.chunks import ChunkRead, is_unexpected
+from vllm_maxtext_loader.checkpoint.encoding import Decoder
 from vllm_maxtext_loader.checkpoint.regions import Region, RegionRead
+from vllm_maxtext_loader.checkpoint.storage.ranges import UnexpectedValueError
 
 _LEAST_BYTES = 1 << 20
 """Of a part; also keeps whatever is small (norms, scales that are folded into experts) whole, and in front."""
@@ -131,3 +140,77 @@ def cut(region: Region, itemsize: int, nbytes: int) -> Iterator[Region]:
         for start in range(region[axis].start, region[axis].stop, rows):
             stop = min(start + rows, region[axis].stop)
             yield (*(slice(at, at + 1) for at in outer), slice(start, stop), *region[axis + 1 :])
+
+
+class ChunkParts:
+    """A large chunk, decoded part by part, in order, by whichever thread is free.
+
+    Args:
+        chunk: what is fetched.
+        pool: of threads that decode.
+    """
+
+    def __init__(self, chunk: ChunkRead, pool: ThreadPoolExecutor) -> None:
+        self._chunk, self._pool = chunk, pool
+        self._decoder: Decoder | None = chunk.array.decoder(chunk)
+        self._lock = threading.Lock()
+        self._waiting: collections.deque[tuple[Region, np.ndarray, Future[None]]] = collections.deque()
+        self._error: BaseException | None = None
+
+    def decode(self, region: Region, target: np.ndarray) -> Future[None]:
+        """Decodes the part that comes next; one after the other.
+
+        Args:
+            region: the part, as a region of the array.
+            target: where to; of the region's shape.
+        """
+        future: Future[None] = Future()
+        with self._lock:
+            self._waiting.append((region, target, future))
+            if len(self._waiting) == 1:
+                self._pool.submit(self._run)
+        return future
+
+    def _run(self) -> None:
+        """Decodes one part. The next one queues behind those of other chunks."""
+        region, target, future = self._waiting[0]
+        try:
+            if self._error is not None:
+                raise self._error
+            self._decode(region, target)
+        except BaseException as error:
+            self._error = error
+            self._chunk.stream.close()
+            future.set_exception(error)
+        else:
+            future.set_result(None)
+        with self._lock:
+            self._waiting.popleft()
+            if self._waiting:
+                # Closed meanwhile: nobody waits any more.
+                with contextlib.suppress(RuntimeError):
+                    self._pool.submit(self._run)
+
+    def _decode(self, region: Region, target: np.ndarray) -> None:
+        chunk = self._chunk
+        if self._decoder is not None:
+            try:
+                self._decoder.read(target)
+                if ends_together(region, chunk.region):
+                    self._decoder.finish()
+                    if chunk.stream.read():
+                        raise UnexpectedValueError("the chunk is longer than its shape")
+                    chunk.stream.close()
+                return
+            except (UnexpectedValueError, ValueError) as error:
+                if not is_unexpected(error):
+                    raise
+                self._decoder = None
+                chunk.stream.close()
+        # What was decoded until now is what TensorStore decodes, if it does not refuse the whole chunk.
+        chunk.array.read(region, target)
+
+
+def ends_together(part: Region, whole: Region) -> bool:
+    """Whether a part is the last one, in C order, of a region."""
+    return all(of.stop == end.stop for of, end in zip(part, whole, strict=True))

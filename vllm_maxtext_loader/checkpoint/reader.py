@@ -44,8 +44,6 @@ if TYPE_CHECKING:
 _REGIONS_IN_FLIGHT = 4
 """Regions the budget is divided into: some are converted or placed while the others are fetched and decoded."""
 
-_KEPT_BYTES = 64 << 20
-
 _ALIGNMENT = 64
 """Bytes; JAX on the CPU takes memory so aligned without copying it."""
 
@@ -338,7 +336,7 @@ def _completed_reads(
                 # Whether the hosts still move is watched by the exchange.
                 entry.future.result()
             else:
-                _result(watch, entry.future, entry.decoded.leaf)
+                read_result(watch, entry.future, entry.decoded.leaf)
             prefetcher.pending.popleft()
             if on_wait is not None:
                 ended = time.perf_counter()
@@ -362,7 +360,8 @@ def _shaped(memory: np.ndarray, leaf: Leaf, region: Region, outer: tuple[int, ..
     return values.transpose(np.argsort(order)) if order else values
 
 
-def _result(watch: StallDetector, future: Pending, leaf: Leaf) -> Any:
+def read_result(watch: StallDetector, future: Pending, leaf: Leaf) -> Any:
+    """What was read of a leaf, or its error: a ReadError or a StorageError that names the leaf."""
     try:
         return watch.result(future, leaf.key)
     except MaxTextLoadError:
@@ -372,64 +371,3 @@ def _result(watch: StallDetector, future: Pending, leaf: Leaf) -> Any:
     except Exception as error:
         what = f"cannot read leaf {leaf.key} of {watch.where}"
         raise array_error(what, error, Location(watch.where)) from error
-
-
-def trailing_zero_rows(leaf: Leaf, arrays: dict[str, ts.TensorStore], where: str) -> int:
-    """Number of all-zero rows at the end of a table, read backwards one row of chunks at a time.
-
-    Rows that were read are kept in front of the opened array where they are few: a later read then takes them
-    from memory.
-
-    Args:
-        leaf: a table [rows, columns].
-        arrays: opened arrays by leaf key; the leaf's is replaced.
-        where: path, for messages.
-    """
-    array, zeros, stop = arrays[leaf.key], 0, leaf.shape[0]
-    read: list[np.ndarray] = []
-    watch = StallDetector(where)
-    try:
-        while stop > 0:
-            start = (stop - 1) // leaf.chunks[0] * leaf.chunks[0]
-            read.insert(0, _result(watch, array[start:stop].read(order="C"), leaf))
-            used = np.flatnonzero(np.any(read[0].reshape(stop - start, -1) != 0, axis=1))
-            zeros += stop - start - 1 - int(used[-1]) if used.size else stop - start
-            stop = start
-            if used.size:
-                break
-    finally:
-        watch.close()
-    if sum(rows.nbytes for rows in read) <= _KEPT_BYTES:
-        rows = ts.array(np.concatenate(read))
-        arrays[leaf.key] = ts.overlay([array, rows[ts.d[0].translate_to[stop]]])
-    return zeros
-
-
-def count_nonzero_rows(
-    leaf: Leaf, arrays: Mapping[str, ts.TensorStore], where: str, axis: int, first: int
-) -> int:
-    """Number of rows from `first` on that hold a value other than zero, read one row of chunks at a time.
-
-    Args:
-        leaf: any array.
-        arrays: opened arrays by leaf key.
-        where: path, for messages.
-        axis: what counts as a row: an index along this axis.
-        first: row to begin at.
-
-    Raises:
-        ReadError: a chunk is missing, truncated or corrupt.
-        StorageError: the storage refuses or does not answer.
-    """
-    array, chunk, used = arrays[leaf.key], leaf.chunks[axis], 0
-    watch = StallDetector(where)
-    try:
-        while first < leaf.shape[axis]:
-            last = min((first // chunk + 1) * chunk, leaf.shape[axis])
-            region = (slice(None),) * axis + (slice(first, last),)
-            rows = np.moveaxis(_result(watch, array[region].read(order="C"), leaf), axis, 0)
-            used += int(np.count_nonzero(np.any(rows.reshape(len(rows), -1) != 0, axis=1)))
-            first = last
-    finally:
-        watch.close()
-    return used

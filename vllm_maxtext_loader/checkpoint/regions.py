@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from vllm_maxtext_loader.checkpoint.tree import Leaf
 
 if TYPE_CHECKING:
-    from vllm_maxtext_loader.checkpoint.chunks import ChunkParts, ChunkRead
+    from vllm_maxtext_loader.checkpoint.chunks import ChunkRead
+    from vllm_maxtext_loader.checkpoint.parts import ChunkParts
 
 Region = tuple[slice, ...]
 """A part of an array: a slice per axis, with explicit bounds."""

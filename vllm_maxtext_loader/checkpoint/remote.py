@@ -16,16 +16,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import tensorstore as ts
 
-from vllm_maxtext_loader.checkpoint.chunks import (
-    ChunkParts,
-    ChunkRead,
-    RemoteArray,
-    chunk_nbytes,
-    ends_together,
-    is_remote,
-)
+from vllm_maxtext_loader.checkpoint.chunks import ChunkRead, RemoteArray, chunk_nbytes, is_remote
 from vllm_maxtext_loader.checkpoint.encoding import Encoding
-from vllm_maxtext_loader.checkpoint.parts import Turns, in_turn
+from vllm_maxtext_loader.checkpoint.parts import ChunkParts, Turns, ends_together, in_turn
 from vllm_maxtext_loader.checkpoint.regions import Region, RegionRead
 from vllm_maxtext_loader.checkpoint.storage.ranges import Fetcher, Stream, Transfers
 

@@ -5,7 +5,7 @@ Shapes cannot tell the two apart, so these rows are read, and no others.
 
 from __future__ import annotations
 
-from vllm_maxtext_loader.checkpoint.reader import count_nonzero_rows
+from vllm_maxtext_loader.checkpoint.rows import count_nonzero_rows
 from vllm_maxtext_loader.checkpoint.tree import Tree
 from vllm_maxtext_loader.conversion.plan import Plan
 from vllm_maxtext_loader.errors import ConfigMismatchError
