@@ -9,6 +9,7 @@ import typer
 
 from vllm_maxtext_loader.cli.runtime import DIFFERENT, console, exit_codes, print_json
 from vllm_maxtext_loader.errors import printable
+from vllm_maxtext_loader.options import GIB
 from vllm_maxtext_loader.tools import serve_defaults
 
 if TYPE_CHECKING:
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
 
     from vllm_maxtext_loader.api import Checkpoint
     from vllm_maxtext_loader.tools.fit import Fitter, Row
-
-_GIB = 1 << 30
 
 
 def fit(
@@ -210,4 +209,4 @@ def _show(target: Console, rows: list[Row]) -> None:
 
 
 def _gib(nbytes: float) -> str:
-    return f"{nbytes / _GIB:.1f}"
+    return f"{nbytes / GIB:.1f}"

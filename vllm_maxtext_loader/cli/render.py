@@ -17,6 +17,7 @@ from vllm_maxtext_loader.conversion.dims import VISION_LAYERS, ModelDims
 from vllm_maxtext_loader.conversion.layout import describe
 from vllm_maxtext_loader.conversion.plan import Plan
 from vllm_maxtext_loader.errors import printable
+from vllm_maxtext_loader.options import GIB
 from vllm_maxtext_loader.tools.inspect import Inspection, container_of, count_chunks
 from vllm_maxtext_loader.tools.verify import Report, Row, Status
 
@@ -305,7 +306,7 @@ def _show_groups(
 
 def size(nbytes: int) -> str:
     """Bytes for people: GiB, or the largest unit that leaves a number of at least 1."""
-    for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+    for unit, factor in (("GiB", GIB), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if nbytes >= factor:
             return f"{nbytes / factor:.2f} {unit}"
     return f"{nbytes} B"

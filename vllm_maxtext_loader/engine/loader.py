@@ -32,7 +32,7 @@ from vllm_maxtext_loader.engine.nodes import LOADED, compare
 from vllm_maxtext_loader.engine.origin import Origin
 from vllm_maxtext_loader.engine.times import LoadTimes
 from vllm_maxtext_loader.errors import EngineError, IncompleteLoadError
-from vllm_maxtext_loader.options import DIRECT_VARIABLE, SERVED, Options, is_off
+from vllm_maxtext_loader.options import DIRECT_VARIABLE, GIB, SERVED, Options, is_off
 from vllm_maxtext_loader.progress import byte_bar
 from vllm_maxtext_loader.tpu import dry_load
 
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm." + __name__)
 
-GIB = 1 << 30
 
 RegionFilter = Callable[[Iterator["DecodedRegion"]], Iterator["DecodedRegion"]]
 

@@ -23,7 +23,7 @@ from vllm.logger import init_logger
 from vllm_maxtext_loader import versions
 from vllm_maxtext_loader.engine.worker import is_maxtext
 from vllm_maxtext_loader.errors import EngineError, MaxTextLoadError
-from vllm_maxtext_loader.options import SERVED, Options
+from vllm_maxtext_loader.options import GIB, SERVED, Options
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -264,11 +264,11 @@ def summarize(reports: Sequence[Mapping[str, Any]]) -> None:
     logger.info(
         "Loaded on %d hosts: read %.3g GiB in all%s; the slowest, %s, took %.1f s for %.3g GiB.",
         len(reports),
-        sum(found["read_bytes"] for found in reports) / (1 << 30),
-        f", and sent each other {received / (1 << 30):.3g} GiB" if received else "",
+        sum(found["read_bytes"] for found in reports) / GIB,
+        f", and sent each other {received / GIB:.3g} GiB" if received else "",
         slowest["host"],
         slowest["seconds"],
-        slowest["read_bytes"] / (1 << 30),
+        slowest["read_bytes"] / GIB,
     )
 
 

@@ -222,6 +222,8 @@ class _Stage:
         # What is loaded into buffers (a vision tower's statistics) only `load_weights` knows; untouched ones take no memory.
         buffers = {name for name, _ in model.named_buffers()}
         host = origin.blueprint.on_host(rest | buffers)
+        # Checksums are of whole chunks: with them, none comes in parts.
+        regions = watch(checkpoint.iter_regions(needed=local, in_parts=staging.request.checksums is None))
         with torch.no_grad():
             loaded = host.load_weights(  # type: ignore[operator]
                 record_names(
@@ -230,8 +232,7 @@ class _Stage:
                         dtype=origin.dtype,
                         fused_experts=True,
                         regions=writer.stream(
-                            self._interruptible(values.stream(watch(checkpoint.iter_regions(needed=local)))),
-                            on_written=staging.read,
+                            self._interruptible(values.stream(regions)), on_written=staging.read
                         ),
                         on_region=staging.read,
                     ),

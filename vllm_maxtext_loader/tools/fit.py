@@ -13,6 +13,7 @@ import shlex
 from typing import TYPE_CHECKING, Any
 
 from vllm_maxtext_loader.errors import EngineError, OptionError
+from vllm_maxtext_loader.options import GIB
 from vllm_maxtext_loader.tools import serve_defaults, slices
 from vllm_maxtext_loader.tools.kv_cache import KVCache, kv_cache
 from vllm_maxtext_loader.tools.text_model import text_model
@@ -21,7 +22,6 @@ from vllm_maxtext_loader.tools.tpu_memory import DeviceArray, device_arrays, rot
 if TYPE_CHECKING:
     from vllm_maxtext_loader.api import Checkpoint
 
-GIB = 1 << 30
 _KV_ITEMSIZES = {"auto": 2, "bfloat16": 2, "float16": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
 
 _ROUND_LENGTH = 1024
