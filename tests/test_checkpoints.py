@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -187,6 +188,22 @@ def test_chunks_are_read_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
                     assert part.start % chunk == 0
                     assert part.stop % chunk == 0 or part.stop == size
             assert np.all(seen == 1)
+
+
+@pytest.mark.parametrize("reserved", [0, 3 << 15])
+def test_first_regions_are_those_that_are_read(reserved: int) -> None:
+    """Devices' programs are compiled for them; what is reserved makes all regions smaller."""
+    checkpoint = open_checkpoint(cases()["moe_v2"].items)
+    checkpoint.concurrent_bytes = 1 << 17
+    read: dict[str, Any] = {}
+    for decoded in checkpoint.iter_regions(reserved=reserved):
+        read.setdefault(decoded.leaf.key, decoded.region)
+        single = all(
+            part.stop - part.start <= chunk
+            for part, chunk in zip(decoded.region, decoded.leaf.chunks, strict=True)
+        )
+        assert single or decoded.array.nbytes <= ((1 << 17) - reserved) // 4
+    assert {leaf.key: region for leaf, region in checkpoint.first_regions(reserved)} == read
 
 
 def test_run_directory_means_the_newest_step_and_items_are_found_from_everywhere() -> None:

@@ -20,7 +20,7 @@ from vllm_maxtext_loader.checkpoint.reader import DecodedRegion, _Ring, read_reg
 from vllm_maxtext_loader.checkpoint.regions import Region, chunk_regions
 from vllm_maxtext_loader.checkpoint.tree import Leaf
 from vllm_maxtext_loader.tpu.columns import ColumnRange, LinearColumns, linear_column_ranges
-from vllm_maxtext_loader.tpu.device_shards import fill_on_devices
+from vllm_maxtext_loader.tpu.device_shards import fill_on_devices, staged_nbytes
 from vllm_maxtext_loader.tpu.shards import (
     Block,
     HostShard,
@@ -328,6 +328,30 @@ def test_buffers_are_bounded_and_used_again() -> None:
     memory = {buffer.memory.ctypes.data for buffer in [staging._free.get() for _ in range(staging.buffers)]}
     assert len(memory) == staging.buffers
     assert staging._free.empty()
+
+
+@pytest.mark.parametrize("limit", [1 << 18, 1 << 20])
+def test_buffers_are_within_their_limit(limit: int) -> None:
+    """What is on its way to the devices is a part of the read budget."""
+    (staging,) = fill_on_devices([pending("none", (1 << 15, 1 << 13), np.float32)], limit)
+    assert staging.buffers >= 2
+    assert limit // 2 < staging.buffers * staging.tile_nbytes <= limit
+    assert staged_nbytes(1 << 40, 4 * limit) == limit
+
+
+def test_programs_are_compiled_before_there_are_values() -> None:
+    array = pending("none", (64, 96), np.float32)
+    (staging,) = fill_on_devices([array])
+    assert array.on_devices is not None
+    assert not array.on_devices.is_prepared
+    array.on_devices.prepare([block(np.broadcast_to(np.uint8(0), (16, 96)), (0, 0))])
+    assert array.on_devices.is_prepared
+    (program,) = staging.programs.values()
+    values = np.random.default_rng(0).random((64, 96), np.float32)
+    write(array, block(values[:48], (0, 0)), block(values[48:], (48, 0)))
+    assert [*staging.programs.values()] == [program]
+    assert program.tile == (16, 96)
+    np.testing.assert_array_equal(array.array(), values)
 
 
 def test_error_of_a_task_leaves_its_buffer_to_the_others() -> None:

@@ -12,8 +12,8 @@ import numpy as np
 
 from vllm_maxtext_loader import families
 from vllm_maxtext_loader.checkpoint.find import ItemLocation, locate
-from vllm_maxtext_loader.checkpoint.reader import DecodedRegion, Wait, read_regions
-from vllm_maxtext_loader.checkpoint.regions import Region
+from vllm_maxtext_loader.checkpoint.reader import DecodedRegion, Wait, read_regions, region_limit
+from vllm_maxtext_loader.checkpoint.regions import Region, chunk_regions
 from vllm_maxtext_loader.checkpoint.rows import trailing_zero_rows
 from vllm_maxtext_loader.checkpoint.storage.path import tensorstore_context
 from vllm_maxtext_loader.checkpoint.storage.ranges import Transfers
@@ -105,6 +105,7 @@ class Checkpoint:
         transfers: Transfers | None = None,
         exchange: Exchange | None = None,
         in_parts: bool = False,
+        reserved: int = 0,
     ) -> Iterator[DecodedRegion]:
         """Decoded regions of the planned leaves, in stored order. Reading begins with the call.
 
@@ -114,6 +115,7 @@ class Checkpoint:
             transfers: what is fetched from a bucket is added to it.
             exchange: with other hosts, of regions; `needed` is then not asked.
             in_parts: whether large chunks from a bucket may come as several regions, those of several leaves in turn.
+            reserved: bytes of the read budget that the caller takes for itself.
 
         Raises:
             ReadError: a chunk is missing, truncated or corrupt.
@@ -123,7 +125,7 @@ class Checkpoint:
         return read_regions(
             [entry.leaf for entry in plan.leaves],
             self.tree.arrays,
-            self.concurrent_bytes,
+            self.concurrent_bytes - reserved,
             plan.where,
             outer={entry.leaf.key: entry.scan_axes for entry in plan.leaves},
             needed=needed,
@@ -132,6 +134,18 @@ class Checkpoint:
             exchange=exchange,
             in_parts=in_parts,
         )
+
+    def first_regions(self, reserved: int = 0) -> Iterator[tuple[Leaf, Region]]:
+        """The first region of every planned leaf that `iter_regions` yields, where all are needed.
+
+        Args:
+            reserved: see `iter_regions`.
+        """
+        budget = self.concurrent_bytes - reserved
+        # A file's are a quarter of the budget, a bucket's of what stored bytes leave of it (`reader`).
+        limit = region_limit(budget) if self.location.items.is_remote else budget // 4
+        for entry in self.trimmed_plan().leaves:
+            yield from ((entry.leaf, region) for region in chunk_regions(entry.leaf, limit)[:1])
 
     def hf_weights(
         self,

@@ -137,13 +137,16 @@ class MaxTextModelLoader(BaseModelLoader):
             if self._places_directly(model_config):
                 from vllm_maxtext_loader.tpu import placement
 
+                staged = placement.staged_bytes(checkpoint)
+                read = functools.partial(read, reserved=staged)
                 # Several hosts: what each reads depends on what its own devices hold, which must be known first. One host
                 # reads while that is being found out.
                 in_parts = self.options.checksums is None  # which are of whole chunks
                 regions = None if placement.several_processes() else watch(read(in_parts=in_parts))
                 shard_writer = placement.ShardWriter(
-                    model, checkpoint.plan, numpy_dtype(model_config.dtype), fold
+                    model, checkpoint.plan, numpy_dtype(model_config.dtype), fold, staged=staged
                 )
+                shard_writer.prepare(checkpoint.first_regions(staged))
                 given, filled = shard_writer.targets(), shard_writer.filled
                 if regions is None:
                     from vllm_maxtext_loader.engine.exchange import begin

@@ -30,7 +30,12 @@ from vllm_maxtext_loader.tpu.tile_programs import LocalDevices, ShardKind
 _STAGED = 100
 """The buffers, and so what is on its way to the devices, have one byte for this many of the arrays."""
 
-_MOST_STAGED = 256 << 20
+MOST_STAGED = 256 << 20
+"""Bytes."""
+
+_STAGED_OF_BUDGET = 4
+"""The buffers have at most one byte for this many of the read budget, which they are a part of."""
+
 _LARGEST_TILE = 4 << 20
 _SMALLEST_TILE = 64 << 10
 _MOST_BUFFERS = 32
@@ -109,20 +114,27 @@ class StagedArray:
         self.values: jax.Array | None = None
         self._staging = staging
 
+    @property
+    def is_prepared(self) -> bool:
+        return self.kind in self._staging.programs
+
+    def prepare(self, blocks: Sequence[Block]) -> None:
+        self._program(_boxes_by_device(blocks))
+
     def tasks(self, blocks: Sequence[Block]) -> Iterator[Callable[[], None]]:
-        by_device: dict[Any, list[Block]] = collections.defaultdict(list)
-        for block in blocks:
-            by_device[block.device].append(block)
-        boxes = [(device, *box) for device, own in by_device.items() for box in _boxes(own)]
-        lengths = [
-            max(high[axis] - low[axis] for _, low, high, _ in boxes) for axis in range(len(self.kind.shape))
-        ]
-        program = self._staging.program(self.kind, lengths)
+        boxes = _boxes_by_device(blocks)
+        program = self._program(boxes)
         tiles: dict[Any, list[_Tile]] = {device: [] for device in self._staging.local.devices}
         for device, low, high, own in boxes:
             tiles[device] += self._cut(program.tile, low, high, own)
         for together in itertools.zip_longest(*tiles.values()):
             yield functools.partial(self._staging.put, self, program, together)
+
+    def _program(self, boxes: Sequence[_Box]) -> Program:
+        lengths = [
+            max(high[axis] - low[axis] for _, low, high, _ in boxes) for axis in range(len(self.kind.shape))
+        ]
+        return self._staging.program(self.kind, lengths)
 
     def _cut(
         self, tile: tuple[int, ...], low: Offsets, high: Offsets, blocks: Sequence[Block]
@@ -137,6 +149,17 @@ class StagedArray:
     def arrays(self) -> list[jax.Array]:
         values = self._staging.take(self)
         return [shard.data for shard in values.addressable_shards]
+
+
+_Box = tuple[Any, Offsets, Offsets, Sequence[Block]]
+"""(device, first index in its shard, last index, blocks): what is cut into tiles."""
+
+
+def _boxes_by_device(blocks: Sequence[Block]) -> list[_Box]:
+    by_device: dict[Any, list[Block]] = collections.defaultdict(list)
+    for block in blocks:
+        by_device[block.device].append(block)
+    return [(device, *box) for device, own in by_device.items() for box in _boxes(own)]
 
 
 def _boxes(blocks: Sequence[Block]) -> Iterator[tuple[Offsets, Offsets, Sequence[Block]]]:
@@ -157,6 +180,7 @@ class Staging:
     Args:
         arrays: what is filled.
         devices: this process's, which hold the arrays.
+        limit: bytes that the buffers have at most, for all devices.
 
     Attributes:
         arrays: their shards.
@@ -166,18 +190,18 @@ class Staging:
         programs: by kind of array.
     """
 
-    def __init__(self, arrays: Sequence[PendingArray], devices: Iterable[Any]) -> None:
+    def __init__(self, arrays: Sequence[PendingArray], devices: Iterable[Any], limit: int) -> None:
         self.local = LocalDevices(devices)
         self.arrays = [StagedArray(self, array) for array in arrays]
         self.programs: dict[ShardKind, Program] = {}
         count = len(self.local.devices)
         held = sum(array.kind.nbytes for array in self.arrays)
-        staged = min(_MOST_STAGED // count, held // _STAGED)
+        staged = min(limit // count, held // _STAGED)
         self.tile_nbytes = min(max(_power_of_two(staged // 4), _SMALLEST_TILE), _LARGEST_TILE)
         self.buffers = min(max(2, staged // self.tile_nbytes), _MOST_BUFFERS)
         self._compilers = ThreadPoolExecutor(_COMPILERS, thread_name_prefix="maxtext-compile")
         self._lock = threading.Lock()
-        self._allocated = False
+        self._allocation: Future[None] | None = None
         # In the order in which they were sent. Memory that is never touched costs nothing.
         self._free: queue.SimpleQueue[_Buffer] = queue.SimpleQueue()
         shape = (self.buffers, count, self.tile_nbytes)
@@ -197,6 +221,18 @@ class Staging:
 
     def _compile(self, kind: ShardKind, tile: tuple[int, ...]) -> Any:
         return self.local.update(kind, tile).lower(*self.local.update_arguments(kind, tile)).compile()
+
+    def allocate(self) -> Future[None]:
+        """Makes all arrays, by one program, in the background; the first call begins it."""
+        with self._lock:
+            if self._allocation is None:
+                self._allocation = self._compilers.submit(self._allocate)
+            return self._allocation
+
+    def _allocate(self) -> None:
+        made = self.local.allocation([array.kind for array in self.arrays])()
+        for array, values in zip(self.arrays, made, strict=True):
+            array.values = values
 
     def put(self, array: StagedArray, program: Program, tiles: Sequence[_Tile | None]) -> None:
         """Fills a tile for each device that has one, and puts them into an array."""
@@ -228,8 +264,8 @@ class Staging:
         given = self._together((size * len(devices),), sent)
         place = self._together(where.shape, places)
         run = program.compiled.result()
+        self.allocate().result()
         with self._lock:
-            self._allocate()
             self._idle = [part if tile is None else None for part, tile in zip(sent, tiles, strict=True)]
             array.values, buffer.read = run(array.values, given, place)
 
@@ -238,19 +274,11 @@ class Staging:
 
     def take(self, array: StagedArray) -> jax.Array:
         """The shards of an array, which are no longer held here."""
+        self.allocate().result()
         with self._lock:
-            self._allocate()
             values, array.values = array.values, None
         assert values is not None
         return values
-
-    def _allocate(self) -> None:
-        """Makes all arrays, by one program, when the first is needed."""
-        if not self._allocated:
-            made = self.local.allocation([array.kind for array in self.arrays])()
-            for array, values in zip(self.arrays, made, strict=True):
-                array.values = values
-            self._allocated = True
 
 
 def _power_of_two(number: int) -> int:
@@ -258,12 +286,27 @@ def _power_of_two(number: int) -> int:
     return 1 << max(0, number.bit_length() - 1)
 
 
-def fill_on_devices(arrays: Iterable[PendingArray]) -> list[Staging]:
-    """Makes arrays be filled in their devices' memory."""
+def staged_nbytes(nbytes: int, budget: int) -> int:
+    """Bytes of host memory that the buffers of a load have at most.
+
+    Args:
+        nbytes: of the checkpoint's arrays.
+        budget: the read budget in bytes.
+    """
+    return min(MOST_STAGED, nbytes // _STAGED, budget // _STAGED_OF_BUDGET)
+
+
+def fill_on_devices(arrays: Iterable[PendingArray], limit: int = MOST_STAGED) -> list[Staging]:
+    """Makes arrays be filled in their devices' memory.
+
+    Args:
+        arrays: what is filled.
+        limit: bytes of host memory that tiles on their way have at most. See `staged_nbytes`.
+    """
     by_devices: dict[frozenset[Any], list[PendingArray]] = collections.defaultdict(list)
     for array in arrays:
         by_devices[frozenset(array.addressable_indices)].append(array)
-    stagings = [Staging(own, devices) for devices, own in by_devices.items()]
+    stagings = [Staging(own, devices, limit // len(by_devices)) for devices, own in by_devices.items()]
     for staging, own in zip(stagings, by_devices.values(), strict=True):
         for array, staged in zip(own, staging.arrays, strict=True):
             array.on_devices = staged

@@ -29,6 +29,7 @@ import jax
 import numpy as np
 from torch import nn
 
+from vllm_maxtext_loader.api import Checkpoint
 from vllm_maxtext_loader.checkpoint.reader import DecodedRegion
 from vllm_maxtext_loader.checkpoint.regions import Region
 from vllm_maxtext_loader.checkpoint.tree import Leaf
@@ -36,7 +37,7 @@ from vllm_maxtext_loader.conversion.convert import ScaleStore, cast, keep_scales
 from vllm_maxtext_loader.conversion.family import Scope
 from vllm_maxtext_loader.conversion.plan import CopyOp, LeafConversion, Plan
 from vllm_maxtext_loader.tpu import dry_load
-from vllm_maxtext_loader.tpu.device_shards import fill_on_devices
+from vllm_maxtext_loader.tpu.device_shards import MOST_STAGED, fill_on_devices, staged_nbytes
 from vllm_maxtext_loader.tpu.holdings import Holdings, process_of
 from vllm_maxtext_loader.tpu.replicated import replicate, rotary_tables
 from vllm_maxtext_loader.tpu.shards import (
@@ -101,6 +102,13 @@ def plan_weights(model: nn.Module, plan: Plan, dtype: np.dtype) -> Weights:
     return find_weights(model, plan.family, leaves, dtype)
 
 
+def staged_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of the read budget that tiles on their way to this process's devices may take; 0 where there are none."""
+    if all(map(memory_is_host, jax.local_devices())):
+        return 0
+    return staged_nbytes(checkpoint.plan.nbytes, checkpoint.concurrent_bytes)
+
+
 def several_processes() -> bool:
     """Whether other processes hold shards of the model, too."""
     return jax.process_count() > 1
@@ -116,6 +124,7 @@ class ShardWriter:
         fold_expert_scales: whether scales per expert are multiplied in.
         weights: the arrays; None means those of `plan_weights`.
         threads: that copy.
+        staged: see `staged_bytes`.
 
     Attributes:
         filled: names of the parameters that have been filled.
@@ -131,6 +140,7 @@ class ShardWriter:
         *,
         weights: Weights | None = None,
         threads: int = _WRITERS,
+        staged: int = MOST_STAGED,
     ) -> None:
         self.plan = plan
         self._threads = threads
@@ -145,7 +155,8 @@ class ShardWriter:
         on_host = all(memory_is_host(device) for array in self.arrays for device in array.addressable_indices)
         # A dry load writes nothing, and host memory that is never touched costs nothing. Given arrays are filled as they are.
         if weights is None and not on_host and dry_load.current() is None:
-            fill_on_devices(self.arrays)
+            for staging in fill_on_devices(self.arrays, staged):
+                staging.allocate()
 
     def handles(self, entry: LeafConversion) -> bool:
         """Whether every layer of the leaf is placed directly."""
@@ -163,8 +174,7 @@ class ShardWriter:
         entry = self._entries[leaf.key]
         if not self.handles(entry):
             return True
-        nothing = np.broadcast_to(np.uint8(0), [part.stop - part.start for part in region])
-        moves = self._shard_copies(entry, DecodedRegion(leaf, region, nothing, last=False))
+        moves = self._shard_copies(entry, _without_values(leaf, region))
         return any(devices is None or move.device in devices for move in moves)
 
     def holdings(self, process_of: Callable[[Any], int] = process_of) -> Holdings:
@@ -185,6 +195,23 @@ class ShardWriter:
             },
             process_of,
         )
+
+    def prepare(self, regions: Iterable[tuple[Leaf, Region]]) -> None:
+        """Begins to compile the programs that fill arrays on devices; others are compiled when they are needed.
+
+        Args:
+            regions: such as will be written. The first of a kind of arrays decides the program.
+        """
+        for leaf, region in regions:
+            entry = self._entries[leaf.key]
+            if not self.handles(entry):
+                continue
+            arrays = [self._weights[_layer(entry, copy_op), entry.converter.leaf] for copy_op in entry.copies]
+            if all(array.on_devices is None or array.on_devices.is_prepared for array in arrays):
+                continue
+            for moves in self._copies_by_array(entry, _without_values(leaf, region)):
+                if (shards := moves[0].weight.on_devices) is not None:
+                    shards.prepare([Block(move.device, move.values, move.offsets) for move in moves])
 
     def targets(self) -> set[str]:
         """Hugging Face names that do not come through `model.load_weights`."""
@@ -268,11 +295,14 @@ class ShardWriter:
 
     def tasks(self, entry: LeafConversion, decoded: DecodedRegion) -> Iterator[Callable[[], None]]:
         """What to run, in any order and by any thread, to write a region into the arrays it is a part of."""
+        for moves in self._copies_by_array(entry, decoded):
+            yield from moves[0].weight.tasks([self._block(entry, move) for move in moves])
+
+    def _copies_by_array(self, entry: LeafConversion, decoded: DecodedRegion) -> Iterable[list[_ShardCopy]]:
         by_array: dict[int, list[_ShardCopy]] = collections.defaultdict(list)
         for move in self._shard_copies(entry, decoded):
             by_array[id(move.weight)].append(move)
-        for moves in by_array.values():
-            yield from moves[0].weight.tasks([self._block(entry, move) for move in moves])
+        return by_array.values()
 
     def _block(self, entry: LeafConversion, move: _ShardCopy) -> Block:
         scales, convert = None, None
@@ -299,6 +329,12 @@ class ShardWriter:
             if not weight.missing_leaves:
                 weight.complete()
                 self.filled.update(weight.parameters)
+
+
+def _without_values(leaf: Leaf, region: Region) -> DecodedRegion:
+    """A region whose place counts, and not its values."""
+    nothing = np.broadcast_to(np.uint8(0), [part.stop - part.start for part in region])
+    return DecodedRegion(leaf, region, nothing, last=False)
 
 
 def _rounding(convert: Convert | None, dtype: np.dtype) -> Convert:

@@ -110,6 +110,15 @@ class HostShard:
 class DeviceShards(Protocol):
     """The shards of an array, where the devices fill them."""
 
+    @property
+    def is_prepared(self) -> bool:
+        """Whether the program that writes into the array is being compiled, or has been."""
+        ...
+
+    def prepare(self, blocks: Sequence[Block]) -> None:
+        """Begins to compile the program that writes blocks like these; their values do not count."""
+        ...
+
     def tasks(self, blocks: Sequence[Block]) -> Iterator[Callable[[], None]]:
         """What to run, in any order and by any thread, to write blocks of one region into the shards."""
         ...
