@@ -257,20 +257,28 @@ class Staging:
                 tile.fill(parts[number].reshape(program.tile))
             elif (idle := self._idle[number]) is not None and (idle.size, idle.dtype) == (size, dtype):
                 parts[number] = idle
-        # Also where each goes: with several processes, JAX takes no array of the host's for a part of its devices.
-        devices = self.local.devices
-        sent = jax.device_put([*parts, *np.split(where, len(devices))], [*devices, *devices])
-        sent, places = sent[: len(devices)], sent[len(devices) :]
-        given = self._together((size * len(devices),), sent)
-        place = self._together(where.shape, places)
+        given = self._send((size * len(parts),), parts)
+        place = self._send(where.shape, np.split(where, len(parts)))
         run = program.compiled.result()
         self.allocate().result()
         with self._lock:
-            self._idle = [part if tile is None else None for part, tile in zip(sent, tiles, strict=True)]
+            self._idle = [
+                given.addressable_data(number) if tile is None else None for number, tile in enumerate(tiles)
+            ]
             array.values, buffer.read = run(array.values, given, place)
 
-    def _together(self, shape: tuple[int, ...], parts: list[jax.Array]) -> jax.Array:
-        return jax.make_array_from_single_device_arrays(shape, self.local.sharding, parts)
+    def _send(self, shape: tuple[int, ...], parts: Sequence[Any]) -> jax.Array:
+        """An array over all devices, of one part for each; what a device has already is not sent.
+
+        With several processes, JAX takes no array of the host's for a part of its devices. `device_put` of a list takes
+        several times as long, in Python, and threads do that one after another.
+        """
+        length = shape[0] // len(parts)
+
+        def part(index: Any) -> Any:
+            return parts[(index[0].start or 0) // length]
+
+        return jax.make_array_from_callback(shape, self.local.sharding, part)
 
     def take(self, array: StagedArray) -> jax.Array:
         """The shards of an array, which are no longer held here."""
