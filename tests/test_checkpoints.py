@@ -203,7 +203,7 @@ def test_first_regions_are_those_that_are_read(reserved: int) -> None:
             for part, chunk in zip(decoded.region, decoded.leaf.chunks, strict=True)
         )
         assert single or decoded.array.nbytes <= ((1 << 17) - reserved) // 4
-    assert {leaf.key: region for leaf, region in checkpoint.first_regions(reserved)} == read
+    assert {leaf.key: region for leaf, region in checkpoint.first_regions(reserved=reserved)} == read
 
 
 def test_run_directory_means_the_newest_step_and_items_are_found_from_everywhere() -> None:

@@ -12,8 +12,8 @@ import numpy as np
 
 from vllm_maxtext_loader import families
 from vllm_maxtext_loader.checkpoint.find import ItemLocation, locate
-from vllm_maxtext_loader.checkpoint.reader import DecodedRegion, Wait, read_regions, region_limit
-from vllm_maxtext_loader.checkpoint.regions import Region, chunk_regions
+from vllm_maxtext_loader.checkpoint.reader import DecodedRegion, Wait, first_regions, read_regions
+from vllm_maxtext_loader.checkpoint.regions import Region
 from vllm_maxtext_loader.checkpoint.rows import trailing_zero_rows
 from vllm_maxtext_loader.checkpoint.storage.path import tensorstore_context
 from vllm_maxtext_loader.checkpoint.storage.ranges import Transfers
@@ -135,17 +135,15 @@ class Checkpoint:
             in_parts=in_parts,
         )
 
-    def first_regions(self, reserved: int = 0) -> Iterator[tuple[Leaf, Region]]:
-        """The first region of every planned leaf that `iter_regions` yields, where all are needed.
+    def first_regions(self, *, in_parts: bool = False, reserved: int = 0) -> Iterator[tuple[Leaf, Region]]:
+        """The region of every planned leaf that `iter_regions` is expected to yield first, where all are needed.
 
         Args:
-            reserved: see `iter_regions`.
+            in_parts, reserved: see `iter_regions`.
         """
+        leaves = [entry.leaf for entry in self.trimmed_plan().leaves]
         budget = self.concurrent_bytes - reserved
-        # A file's are a quarter of the budget, a bucket's of what stored bytes leave of it (`reader`).
-        limit = region_limit(budget) if self.location.items.is_remote else budget // 4
-        for entry in self.trimmed_plan().leaves:
-            yield from ((entry.leaf, region) for region in chunk_regions(entry.leaf, limit)[:1])
+        return first_regions(leaves, budget, remote=self.location.items.is_remote, in_parts=in_parts)
 
     def hf_weights(
         self,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import math
 import mmap
 import os
@@ -27,7 +28,7 @@ import tensorstore as ts
 
 from vllm_maxtext_loader.checkpoint.arrays import array_error
 from vllm_maxtext_loader.checkpoint.chunks import is_remote
-from vllm_maxtext_loader.checkpoint.parts import Turns
+from vllm_maxtext_loader.checkpoint.parts import Turns, in_turn
 from vllm_maxtext_loader.checkpoint.regions import Region, RegionRead, chunk_regions, region_nbytes
 from vllm_maxtext_loader.checkpoint.remote import RemoteReads
 from vllm_maxtext_loader.checkpoint.storage.path import Location
@@ -179,24 +180,42 @@ def read_regions(
     watch = StallDetector(where)
     opened = (arrays[leaf.key] for leaf in leaves if leaf.key in arrays)
     remote = next((is_remote(array) for array in opened if array.kvstore is not None), False)
-    window = fetch_window(budget) if remote else 0
-    ring = budget - window
-    turns = Turns.of(ring, len(os.sched_getaffinity(0))) if remote and in_parts else None
+    memory = _Memory.of(budget, remote=remote, in_parts=in_parts)
     if exchange is not None:
-        assert turns is None
+        assert memory.turns is None
         regions = exchange.reads()
     else:
-        regions = _own_reads(leaves, _region_limit(budget, window), needed, turns)
+        regions = _own_reads(leaves, memory, needed)
     if remote:
-        reads = RemoteReads(regions, arrays, window, ring, transfers or Transfers(), turns)
+        reads = RemoteReads(
+            regions, arrays, memory.window, memory.ring, transfers or Transfers(), memory.turns
+        )
     else:
         reads = LocalReads(regions)
-    prefetcher = _Prefetcher(reads, arrays, _Ring(ring), outer or {}, exchange)
+    prefetcher = _Prefetcher(reads, arrays, _Ring(memory.ring), outer or {}, exchange)
     prefetcher.request()
     completed = _completed_reads(prefetcher, watch, on_wait)
     # Also where the iterator is dropped before it was used.
     weakref.finalize(completed, reads.close)
     return completed
+
+
+def first_regions(
+    leaves: Iterable[Leaf], budget: int, *, remote: bool, in_parts: bool = False
+) -> Iterator[tuple[Leaf, Region]]:
+    """The region of each leaf that `read_regions` is expected to yield first, where all are needed.
+
+    Args:
+        leaves: what will be read.
+        budget, in_parts: see `read_regions`.
+        remote: whether the arrays are in a bucket.
+    """
+    memory = _Memory.of(budget, remote=remote, in_parts=in_parts)
+    for leaf in leaves:
+        reads = itertools.islice(_own_reads([leaf], memory, None), 1)
+        if memory.turns is not None:
+            reads = in_turn(reads, memory.turns, lambda _: True)[:1]
+        yield from ((leaf, read.region) for read in reads)
 
 
 def region_limit(budget: int) -> int:
@@ -205,23 +224,45 @@ def region_limit(budget: int) -> int:
     Args:
         budget: see `read_regions`.
     """
-    return _region_limit(budget, fetch_window(budget))
+    return _Memory.of(budget, remote=True, in_parts=False).region
 
 
-def _region_limit(budget: int, window: int) -> int:
-    return max(1, (budget - window) // _REGIONS_IN_FLIGHT)
+@dataclasses.dataclass(frozen=True)
+class _Memory:
+    """What a read budget is divided into.
+
+    Attributes:
+        window: for stored bytes from a bucket.
+        ring: for decoded bytes.
+        turns: how large chunks are decoded in parts; None where they are not.
+    """
+
+    window: int
+    ring: int
+    turns: Turns | None
+
+    @classmethod
+    def of(cls, budget: int, *, remote: bool, in_parts: bool) -> _Memory:
+        """For a checkpoint in a bucket (`remote`) or on a disk."""
+        window = fetch_window(budget) if remote else 0
+        ring = budget - window
+        return cls(
+            window, ring, Turns.of(ring, len(os.sched_getaffinity(0))) if remote and in_parts else None
+        )
+
+    @property
+    def region(self) -> int:
+        """Bytes of a region."""
+        return max(1, self.ring // _REGIONS_IN_FLIGHT)
 
 
 def _own_reads(
-    leaves: Iterable[Leaf],
-    limit: int,
-    needed: Callable[[Leaf, Region], bool] | None,
-    turns: Turns | None,
+    leaves: Iterable[Leaf], memory: _Memory, needed: Callable[[Leaf, Region], bool] | None
 ) -> Iterator[RegionRead]:
     """The regions that a host reads that reads for itself."""
     for leaf in leaves:
-        alone = turns is not None and turns.is_large(leaf.chunk_nbytes)
-        regions = chunk_regions(leaf, 1 if alone else limit)
+        alone = memory.turns is not None and memory.turns.is_large(leaf.chunk_nbytes)
+        regions = chunk_regions(leaf, 1 if alone else memory.region)
         regions = [region for region in regions if needed is None or needed(leaf, region)]
         for index, region in enumerate(regions):
             yield RegionRead(leaf, region, index == len(regions) - 1)

@@ -146,7 +146,7 @@ class MaxTextModelLoader(BaseModelLoader):
                 shard_writer = placement.ShardWriter(
                     model, checkpoint.plan, numpy_dtype(model_config.dtype), fold, staged=staged
                 )
-                shard_writer.prepare(checkpoint.first_regions(staged))
+                shard_writer.prepare(checkpoint.first_regions(in_parts=in_parts, reserved=staged))
                 given, filled = shard_writer.targets(), shard_writer.filled
                 if regions is None:
                     from vllm_maxtext_loader.engine.exchange import begin
