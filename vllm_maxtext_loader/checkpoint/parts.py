@@ -20,7 +20,7 @@ import numpy as np
 
 from vllm_maxtext_loader.checkpoint.chunks import ChunkRead, is_unexpected
 from vllm_maxtext_loader.checkpoint.encoding import Decoder
-from vllm_maxtext_loader.checkpoint.regions import Region, RegionRead
+from vllm_maxtext_loader.checkpoint.regions import Region, RegionRead, region_nbytes
 from vllm_maxtext_loader.checkpoint.storage.ranges import UnexpectedValueError
 
 _LEAST_BYTES = 1 << 20
@@ -93,7 +93,9 @@ def in_turn(
 def _is_large_chunk(read: RegionRead, turns: Turns) -> bool:
     """Whether a region is a large chunk. One that ends outside its array is left whole: its stream holds more than its region."""
     lengths = tuple(part.stop - part.start for part in read.region)
-    return lengths == read.leaf.chunks and turns.is_large(math.prod(lengths) * read.leaf.dtype.itemsize)
+    return lengths == read.leaf.chunks and turns.is_large(
+        region_nbytes(read.region, read.leaf.dtype.itemsize)
+    )
 
 
 def _even_groups(count: int, most: int) -> list[int]:

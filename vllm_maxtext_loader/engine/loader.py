@@ -46,7 +46,6 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm." + __name__)
 
-
 RegionFilter = Callable[[Iterator["DecodedRegion"]], Iterator["DecodedRegion"]]
 
 
