@@ -7,6 +7,7 @@ import itertools
 import math
 import random
 import threading
+import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -351,6 +352,26 @@ def test_programs_are_compiled_before_there_are_values() -> None:
     write(array, block(values[:48], (0, 0)), block(values[48:], (48, 0)))
     assert [*staging.programs.values()] == [program]
     assert program.tile == (16, 96)
+    np.testing.assert_array_equal(array.array(), values)
+
+
+def test_end_of_a_load_ends_its_threads_and_buffers() -> None:
+    before = set(threading.enumerate())
+    array = pending("none", (64, 64), np.float32)
+    (staging,) = fill_on_devices([array])
+    values = np.ones((64, 64), np.float32)
+    write(array, block(values, (0, 0)))
+    buffer = staging._free.get()
+    staging._free.put(buffer)
+    memory = weakref.ref(buffer.memory)
+    del buffer
+    assert any(thread.name.startswith("maxtext-compile") for thread in set(threading.enumerate()) - before)
+    staging.close()
+    for thread in set(threading.enumerate()) - before:
+        if thread.name.startswith("maxtext-compile"):
+            thread.join(10)
+            assert not thread.is_alive()
+    assert memory() is None
     np.testing.assert_array_equal(array.array(), values)
 
 

@@ -86,7 +86,10 @@ class Fault:
 
 
 class Proxy:
-    """Passes requests to the server, counts them, and carries out `faults`."""
+    """Passes requests to the server, counts them, and carries out `faults`.
+
+    Not counted is what its client has given up before an answer came: a machine that stood still is no request of ours.
+    """
 
     def __init__(self, upstream: int) -> None:
         self.upstream = upstream
@@ -194,6 +197,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             status, headers, data = fault.status, [], (fault.body or f"fault {fault.status}").encode()
         else:
             status, headers, data = self._ask(body)
+        if self._is_given_up():
+            self.close_connection = True
+            return
         whole = status in (200, 206)
         if fault.flip and whole:
             data = bytes([data[0] ^ 0xFF]) + data[1:]
@@ -247,6 +253,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return answer.status, headers, answer.read()
         finally:
             upstream.close()
+
+    def _is_given_up(self) -> bool:
+        """Whether the client has closed the connection, as it does after a second without an answer, to ask again."""
+        try:
+            return self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
 
     def _break(self) -> None:
         self.close_connection = True

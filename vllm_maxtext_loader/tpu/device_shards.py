@@ -280,6 +280,11 @@ class Staging:
 
         return jax.make_array_from_callback(shape, self.local.sharding, part)
 
+    def close(self) -> None:
+        """Ends the threads and lets the buffers go, once nothing more is put. Arrays can still be taken."""
+        self._compilers.shutdown(wait=False, cancel_futures=True)
+        self._free = queue.SimpleQueue()
+
     def take(self, array: StagedArray) -> jax.Array:
         """The shards of an array, which are no longer held here."""
         self.allocate().result()

@@ -17,6 +17,7 @@ scalars, router, vision tower) takes the usual way. Both ways end in the same bi
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import os
@@ -37,7 +38,7 @@ from vllm_maxtext_loader.conversion.convert import ScaleStore, cast, keep_scales
 from vllm_maxtext_loader.conversion.family import Scope
 from vllm_maxtext_loader.conversion.plan import CopyOp, LeafConversion, Plan
 from vllm_maxtext_loader.tpu import dry_load
-from vllm_maxtext_loader.tpu.device_shards import MOST_STAGED, fill_on_devices, staged_nbytes
+from vllm_maxtext_loader.tpu.device_shards import MOST_STAGED, Staging, fill_on_devices, staged_nbytes
 from vllm_maxtext_loader.tpu.holdings import Holdings, process_of
 from vllm_maxtext_loader.tpu.replicated import replicate, rotary_tables
 from vllm_maxtext_loader.tpu.shards import (
@@ -154,8 +155,10 @@ class ShardWriter:
         self.arrays = list({id(weight): weight for weight in self._weights.values()}.values())
         on_host = all(memory_is_host(device) for array in self.arrays for device in array.addressable_indices)
         # A dry load writes nothing, and host memory that is never touched costs nothing. Given arrays are filled as they are.
+        self._stagings: list[Staging] = []
         if weights is None and not on_host and dry_load.current() is None:
-            for staging in fill_on_devices(self.arrays, staged):
+            self._stagings = fill_on_devices(self.arrays, staged)
+            for staging in self._stagings:
                 staging.allocate()
 
     def handles(self, entry: LeafConversion) -> bool:
@@ -248,7 +251,12 @@ class ShardWriter:
                 if decoded.last:
                     self._complete(self._entries[decoded.leaf.key])
 
-        with ThreadPoolExecutor(self._threads, thread_name_prefix="maxtext-write") as writers:
+        with contextlib.ExitStack() as ending:
+            for staging in self._stagings:
+                ending.callback(staging.close)
+            writers = ending.enter_context(
+                ThreadPoolExecutor(self._threads, thread_name_prefix="maxtext-write")
+            )
             for decoded in regions:
                 entry = unfinished[decoded.leaf.key]
                 if self.fold:
