@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vllm_maxtext_loader.checkpoint.reader import DecodedRegion, _Ring, read_regions
+from vllm_maxtext_loader.checkpoint.reader import DecodedRegion, read_regions
 from vllm_maxtext_loader.checkpoint.regions import Region, chunk_regions
+from vllm_maxtext_loader.checkpoint.ring import Ring
 from vllm_maxtext_loader.checkpoint.tree import Leaf
 from vllm_maxtext_loader.tpu.columns import ColumnRange, LinearColumns, linear_column_ranges
 from vllm_maxtext_loader.tpu.device_shards import fill_on_devices, staged_nbytes
@@ -36,7 +37,7 @@ from vllm_maxtext_loader.tpu.tile_programs import ShardKind, best_width
 @pytest.mark.parametrize("seed", range(20))
 def test_ring_never_gives_memory_that_is_taken(seed: int) -> None:
     rng = random.Random(seed)
-    ring, taken = _Ring(1 << 14), []
+    ring, taken = Ring(1 << 14), []
     for number in range(400):
         if taken and rng.random() < 0.45:
             memory, mark = taken.pop(0)
@@ -50,7 +51,7 @@ def test_ring_never_gives_memory_that_is_taken(seed: int) -> None:
 
 
 def test_ring_gives_what_is_larger_than_itself_only_alone() -> None:
-    ring = _Ring(1000)
+    ring = Ring(1000)
     assert (large := ring.allocate(5000)) is not None
     assert large.nbytes >= 5000
     assert ring.allocate(1) is None

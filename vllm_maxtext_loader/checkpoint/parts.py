@@ -150,10 +150,13 @@ class ChunkParts:
     Args:
         chunk: what is fetched.
         pool: of threads that decode.
+
+    Attributes:
+        chunk: the same.
     """
 
     def __init__(self, chunk: ChunkRead, pool: ThreadPoolExecutor) -> None:
-        self._chunk, self._pool = chunk, pool
+        self.chunk, self._pool = chunk, pool
         self._decoder: Decoder | None = chunk.array.decoder(chunk)
         self._lock = threading.Lock()
         self._waiting: collections.deque[tuple[Region, np.ndarray, Future[None]]] = collections.deque()
@@ -182,7 +185,7 @@ class ChunkParts:
             self._decode(region, target)
         except BaseException as error:
             self._error = error
-            self._chunk.stream.close()
+            self.chunk.stream.close()
             future.set_exception(error)
         else:
             future.set_result(None)
@@ -194,7 +197,7 @@ class ChunkParts:
                     self._pool.submit(self._run)
 
     def _decode(self, region: Region, target: np.ndarray) -> None:
-        chunk = self._chunk
+        chunk = self.chunk
         if self._decoder is not None:
             try:
                 self._decoder.read(target)

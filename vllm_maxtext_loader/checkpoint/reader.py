@@ -4,8 +4,7 @@ A leaf of a scanned model holds the same weight of every layer, and a stored chu
 layer by layer would decode every chunk once per layer. Here a leaf is cut along its chunk grid into regions;
 several regions are in flight at a time, never more bytes of them than the budget.
 
-TensorStore (for a bucket, `remote`) decodes into memory of ours, a ring that is used over and over: new memory for every region would cost the
-kernel as long to hand out as the decoder needs to fill it.
+TensorStore (for a bucket, `remote`) decodes into memory of ours, a `ring` that is used over and over.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import collections
 import dataclasses
 import itertools
 import math
-import mmap
 import os
 import queue
 import time
@@ -31,6 +29,7 @@ from vllm_maxtext_loader.checkpoint.chunks import is_remote
 from vllm_maxtext_loader.checkpoint.parts import Turns, in_turn
 from vllm_maxtext_loader.checkpoint.regions import Region, RegionRead, chunk_regions, region_nbytes
 from vllm_maxtext_loader.checkpoint.remote import RemoteReads
+from vllm_maxtext_loader.checkpoint.ring import Ring
 from vllm_maxtext_loader.checkpoint.storage.path import Location
 from vllm_maxtext_loader.checkpoint.storage.ranges import Transfers
 from vllm_maxtext_loader.checkpoint.storage.retry import to_storage_error
@@ -44,9 +43,6 @@ if TYPE_CHECKING:
 
 _REGIONS_IN_FLIGHT = 4
 """Regions the budget is divided into: some are converted or placed while the others are fetched and decoded."""
-
-_ALIGNMENT = 64
-"""Bytes; JAX on the CPU takes memory so aligned without copying it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,49 +91,6 @@ class DecodedRegion:
         """Waits for the readers; raises what one of them has raised."""
         for reader in self.readers:
             reader.result()
-
-
-class _Ring:
-    """Memory for regions that are taken and given back in the same order.
-
-    Args:
-        size: bytes. Pages that were never used cost nothing.
-    """
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._memory = aligned(size)
-        self._in_use: collections.deque[tuple[int, int]] = collections.deque()
-
-    def allocate(self, size: int) -> np.ndarray | None:
-        """`size` bytes, aligned for JAX; None where they are not free. With nothing taken, any size is given."""
-        size = math.ceil(size / _ALIGNMENT) * _ALIGNMENT
-        if not self._in_use and size > self._size:
-            # Kept for the next one of this size: new memory would cost as much as decoding into it.
-            self._memory, self._size = aligned(size), size
-        first, last = (self._in_use[0][0], self._in_use[-1][1]) if self._in_use else (0, 0)
-        wrapped = bool(self._in_use) and last <= first
-        start = last
-        if not wrapped and last + size > self._size:
-            start, wrapped = 0, True
-        if wrapped and start + size > first:
-            return None
-        self._in_use.append((start, start + size))
-        return self._memory[start : start + size]
-
-    def release(self) -> None:
-        """Frees what was taken first."""
-        self._in_use.popleft()
-
-
-def aligned(size: int) -> np.ndarray:
-    """`size` bytes of zeros that JAX on the CPU takes without copying them; pages that were never used cost nothing.
-
-    Not NumPy's own memory: that asks for huge pages, and where a virtual machine's host takes freed memory back (free page
-    reporting, by blocks of that very size), a huge page is one that the host has to give anew.
-    """
-    memory = mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return np.frombuffer(memory, np.uint8)[:size]
 
 
 def read_regions(
@@ -192,7 +145,7 @@ def read_regions(
         )
     else:
         reads = LocalReads(regions)
-    prefetcher = _Prefetcher(reads, arrays, _Ring(memory.ring), outer or {}, exchange)
+    prefetcher = _Prefetcher(reads, arrays, Ring(memory.ring), outer or {}, exchange)
     prefetcher.request()
     completed = _completed_reads(prefetcher, watch, on_wait)
     # Also where the iterator is dropped before it was used.
@@ -301,7 +254,7 @@ class _Prefetcher:
         self,
         reads: LocalReads | RemoteReads,
         arrays: dict[str, ts.TensorStore],
-        ring: _Ring,
+        ring: Ring,
         outer: Mapping[str, tuple[int, ...]],
         exchange: Exchange | None,
     ) -> None:

@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import tensorstore as ts
 
-from vllm_maxtext_loader.checkpoint.chunks import ChunkRead, RemoteArray, chunk_nbytes, is_remote
+from vllm_maxtext_loader.checkpoint.chunks import RemoteArray, chunk_nbytes, is_remote
 from vllm_maxtext_loader.checkpoint.encoding import Encoding
 from vllm_maxtext_loader.checkpoint.parts import ChunkParts, Turns, ends_together, in_turn
 from vllm_maxtext_loader.checkpoint.regions import Region, RegionRead
@@ -58,7 +58,7 @@ class RemoteReads:
         # As many large chunks arrive side by side as are decoded side by side.
         beside = max(1, min(cores, ring // largest), turns.chunks if turns else 1)
         self._turns = turns
-        self._chunks: dict[tuple[str | int, ...], tuple[ChunkRead, ChunkParts]] = {}
+        self._parts: dict[tuple[str | int, ...], ChunkParts] = {}
         self._fetcher = Fetcher(functools.partial(self._streams, regions), window, beside, transfers)
         self._fetcher.start()
 
@@ -122,16 +122,16 @@ class RemoteReads:
     def _part(self, array: RemoteArray, read: RegionRead, whole: Region) -> Iterator[Stream]:
         """Puts a part of a chunk into the queue; the chunk's stream, if it is the first part."""
         key = (read.leaf.key, *(part.start for part in whole))
-        is_first = key not in self._chunks
+        is_first = key not in self._parts
         if is_first:
             (chunk,) = array.chunks(whole)
-            self._chunks[key] = chunk, ChunkParts(chunk, self._decoders)
-        chunk, parts = self._chunks[key]
+            self._parts[key] = ChunkParts(chunk, self._decoders)
+        parts = self._parts[key]
         if ends_together(read.region, whole):
-            del self._chunks[key]
-        self._reads.put(dataclasses.replace(read, chunks=(chunk,), parts=parts))
+            del self._parts[key]
+        self._reads.put(dataclasses.replace(read, chunks=(parts.chunk,), parts=parts))
         if is_first:
-            yield chunk.stream
+            yield parts.chunk.stream
 
     def _array(self, read: RegionRead, fetcher: Fetcher) -> RemoteArray | None:
         """The array of a region that is fetched here; None where TensorStore reads it, or another host."""

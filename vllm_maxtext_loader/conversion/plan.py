@@ -303,7 +303,8 @@ def _check_complete(
     if missing:
         raise MissingLeafError(
             f"{where}: {len(missing)} of {len(shapes)} tensors are in no leaf: {_some(missing)}. The checkpoint is "
-            f"incomplete, or was written by a MaxText version whose names this package does not know."
+            f"incomplete (name another step), or was written by a MaxText version whose names this package does not know "
+            f"(`vllm-maxtext inspect` lists the leaves it has)."
         )
 
 

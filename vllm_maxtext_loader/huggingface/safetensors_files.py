@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from vllm_maxtext_loader.checkpoint.reader import aligned
+from vllm_maxtext_loader.checkpoint.ring import aligned
 from vllm_maxtext_loader.checkpoint.storage import gcs
 from vllm_maxtext_loader.checkpoint.storage.path import Location
 from vllm_maxtext_loader.dtypes import SAFETENSORS

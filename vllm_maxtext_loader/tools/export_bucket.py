@@ -20,7 +20,8 @@ from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPo
 import numpy as np
 
 from vllm_maxtext_loader.atomic import uninterrupted
-from vllm_maxtext_loader.checkpoint.reader import aligned, read_regions
+from vllm_maxtext_loader.checkpoint.reader import read_regions
+from vllm_maxtext_loader.checkpoint.ring import aligned
 from vllm_maxtext_loader.checkpoint.storage import gcs, upload
 from vllm_maxtext_loader.checkpoint.storage.path import Location
 from vllm_maxtext_loader.checkpoint.storage.upload import StoppedError

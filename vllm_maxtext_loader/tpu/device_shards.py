@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vllm_maxtext_loader.checkpoint.reader import aligned
+from vllm_maxtext_loader.checkpoint.ring import aligned
 from vllm_maxtext_loader.tpu.shards import Block, Offsets, PendingArray
 from vllm_maxtext_loader.tpu.tile_programs import LocalDevices, ShardKind
 

@@ -19,8 +19,8 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from vllm_maxtext_loader.checkpoint.reader import aligned
 from vllm_maxtext_loader.checkpoint.regions import Region
+from vllm_maxtext_loader.checkpoint.ring import aligned
 from vllm_maxtext_loader.conversion.convert import assign
 from vllm_maxtext_loader.conversion.values import fold_expert_scale
 from vllm_maxtext_loader.options import DIRECT_VARIABLE
