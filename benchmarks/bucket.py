@@ -278,7 +278,7 @@ def median(rows: list[dict[str, float]], key: str) -> float:
 
 
 def report(name: str, rows: Rows) -> None:
-    """One line: ours in seconds, and as a part of the others' time (of run:ai's best)."""
+    """One line: seconds of ours, of plain GETs and of run:ai's best, and ours as a part of the others' time."""
     own = median(rows["ours"], "seconds")
     get = median(rows["GET 128"], "seconds")
     best = min(
@@ -286,7 +286,7 @@ def report(name: str, rows: Rows) -> None:
     )
     before = median(rows["before 16"], "seconds") if "before 16" in rows else float("nan")
     print(
-        f"{name:<52}{own:>7.2f}{median(rows['ours'], 'bytes') / own / 1e6:>7.0f}"
+        f"{name:<52}{own:>7.2f}{get:>9.2f}{best:>9.2f}{median(rows['ours'], 'bytes') / own / 1e6:>7.0f}"
         f"{median(rows['ours'], 'in_flight'):>6.0f}{median(rows['ours'], 'memory'):>8.2f}{own / get:>9.2f}"
         f"{own / best:>10.2f}{own / before:>9.2f}",
         flush=True,
@@ -294,7 +294,7 @@ def report(name: str, rows: Rows) -> None:
 
 
 HEADER = (
-    f"{'chunks per leaf, format, network':<52}{'s':>7}{'MB/s':>7}{'open':>6}{'memory':>8}{'/GET 128':>9}"
+    f"{'chunks per leaf, format, network':<52}{'s':>7}{'GET 128':>9}{'run:ai':>9}{'MB/s':>7}{'open':>6}{'memory':>8}{'/GET 128':>9}"
     f"{'/run:ai':>10}{'/before':>9}"
 )
 

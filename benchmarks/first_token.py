@@ -41,7 +41,7 @@ PHASES = ("imports", "configuration", "engine", "load", "warm-up", "first answer
 START_SECONDS = 600
 _ARGUMENTS = "non-default args"
 _ENGINE = "Initializing a V1 LLM engine"
-_LOADED = re.compile(r"Loading weights took ([\d.]+) seconds|Loaded .* tensors, .* in ([\d.]+) s ")
+_LOADED = re.compile(r"Loading weights took ([\d.]+) seconds|Loaded .* tensors.* in ([\d.]+) s \(")
 
 
 class Log(threading.Thread):
@@ -70,11 +70,11 @@ class Log(threading.Thread):
             )
         return found
 
-    def loaded(self) -> tuple[float, float]:
-        """When the loader had finished, and the seconds it says it took."""
+    def loaded(self) -> tuple[float, float, str]:
+        """When the loader had finished, the seconds it says it took, and the line that says so."""
         for when, line in self.lines:
             if (match := _LOADED.search(line)) is not None:
-                return when, float(match.group(1) or match.group(2))
+                return when, float(match.group(1) or match.group(2)), line[match.start() :].strip()
         raise RuntimeError(
             "the log has no line about the load:\n" + "".join(line for _, line in self.lines[-20:])
         )
@@ -93,11 +93,11 @@ def peak_bytes(group: int) -> int:
     return max(peaks)
 
 
-def serve(arguments: list[str], environment: dict[str, str]) -> tuple[dict[str, float], int]:
+def serve(arguments: list[str], environment: dict[str, str]) -> tuple[dict[str, float], int, str]:
     """Starts `vllm serve`, asks one question, and stops it.
 
     Returns:
-        (seconds by phase, peak resident bytes of the largest process)
+        (seconds by phase, peak resident bytes of the largest process, what the loader says of the load)
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -144,10 +144,10 @@ def serve(arguments: list[str], environment: dict[str, str]) -> tuple[dict[str, 
             process.wait(30)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    loaded, seconds = log.loaded()
+    loaded, seconds, line = log.loaded()
     ends = (log.first(_ARGUMENTS), log.first(_ENGINE), loaded - seconds, loaded, healthy, answered)
     seconds_of = (b - a for a, b in zip((started, *ends), ends, strict=False))
-    return dict(zip(PHASES, seconds_of, strict=True)), peak
+    return dict(zip(PHASES, seconds_of, strict=True)), peak, line
 
 
 def print_header(title: str) -> None:
@@ -198,7 +198,7 @@ def main() -> None:
                 **({"JAX_PLATFORMS": "cpu"} if args.cpu else {}),
             }
             for cache in ("cold", "warm"):
-                row, _ = serve([str(hf), *arguments], environment)
+                row, *_ = serve([str(hf), *arguments], environment)
                 print_row(f"{name}, {cache}", row)
     finally:
         shutil.rmtree(directory)

@@ -98,8 +98,9 @@ def main() -> None:
         }
         size = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
         first_token.print_header(MODEL)
-        row, peak = first_token.serve([*arguments, "--served-model-name", "served"], environment)
+        row, peak, line = first_token.serve([*arguments, "--served-model-name", "served"], environment)
         first_token.print_row("cold cache", row)
+        print(line)
         print(f"stored {size / load.GIB:.1f} GiB; peak resident set of a process {peak / load.GIB:.1f} GiB")
     finally:
         shutil.rmtree(directory)
