@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from types import SimpleNamespace
+from typing import Any, cast
 
 import ml_dtypes
 import numpy as np
 import pytest
 
+from vllm_maxtext_loader.checkpoint.chunks import ChunkRead, in_batches
 from vllm_maxtext_loader.checkpoint.parts import Turns, cut, in_turn
 from vllm_maxtext_loader.checkpoint.regions import RegionRead, chunk_regions, region_nbytes
 from vllm_maxtext_loader.checkpoint.tree import Leaf
@@ -35,6 +38,21 @@ def test_parts_are_consecutive(shape: tuple[int, ...], nbytes: int) -> None:
     np.testing.assert_array_equal(np.concatenate([values[part].ravel() for part in parts]), values.ravel())
     assert max(region_nbytes(part, 2) for part in parts) <= max(nbytes, 2)
     assert len({region_nbytes(part, 2) for part in parts}) <= 2, "of equal size, but for the last of a row"
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "wanted"),
+    [([100] * 4, [4]), ([MIB] * 5, [2, 2, 1]), ([3 * MIB, 100, 100, 2 * MIB, 100], [1, 3, 1]), ([], [])],
+)
+def test_small_chunks_are_decoded_together(nbytes: list[int], wanted: list[int]) -> None:
+    array = cast(Any, SimpleNamespace(itemsize=2))
+    chunks = [
+        ChunkRead(array, (number,), (slice(7, 7 + size // 2),), (), cast(Any, None))
+        for number, size in enumerate(nbytes)
+    ]
+    batches = list(in_batches(chunks))
+    assert [chunk for batch in batches for chunk in batch] == chunks
+    assert [len(batch) for batch in batches] == wanted
 
 
 def test_part_of_a_region_that_begins_elsewhere() -> None:

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -19,7 +19,7 @@ import tensorstore as ts
 
 from vllm_maxtext_loader.checkpoint.arrays import is_damage
 from vllm_maxtext_loader.checkpoint.encoding import Decoder, Encoding, Index
-from vllm_maxtext_loader.checkpoint.regions import Region
+from vllm_maxtext_loader.checkpoint.regions import Region, region_nbytes
 from vllm_maxtext_loader.checkpoint.storage import gcs
 from vllm_maxtext_loader.checkpoint.storage.ranges import (
     Extent,
@@ -32,6 +32,7 @@ from vllm_maxtext_loader.errors import MaxTextLoadError
 
 _POLL_SECONDS = 0.25
 _MOST_LISTED = 200_000
+_BATCH_BYTES = 2 << 20
 _BEYOND = 1 << 60
 _SIZE = re.compile(r"is not valid for value of size (\d+)")
 """What OCDBT says of a range beyond a value's end; it knows the size from its index, without a request."""
@@ -69,6 +70,29 @@ class ChunkRead:
     place: Region
     stream: Stream
 
+    @property
+    def nbytes(self) -> int:
+        """Decoded size of its region."""
+        return region_nbytes(self.region, self.array.itemsize)
+
+
+def in_batches(chunks: Iterable[ChunkRead]) -> Iterator[tuple[ChunkRead, ...]]:
+    """Chunks that one thread decodes one after the other: small ones together, since handing one over takes as long as decoding 50 KB.
+
+    Args:
+        chunks: consecutive ones of a region.
+    """
+    batch: list[ChunkRead] = []
+    nbytes = 0
+    for chunk in chunks:
+        batch.append(chunk)
+        nbytes += chunk.nbytes
+        if nbytes >= _BATCH_BYTES:
+            yield tuple(batch)
+            batch, nbytes = [], 0
+    if batch:
+        yield tuple(batch)
+
 
 class RemoteArray:
     """An array in a bucket, whose chunks are found and decoded here.
@@ -79,6 +103,9 @@ class RemoteArray:
         fetcher: what fetches its bytes.
         lister: runs listings of the bucket.
         is_large: whether a chunk of so many bytes is decoded in parts.
+
+    Attributes:
+        itemsize: bytes of a value.
     """
 
     def __init__(
@@ -98,6 +125,7 @@ class RemoteArray:
         self._url = f"gs://{spec.get('bucket', '')}/{spec.get('path', '')}".rstrip("/")
         self._indices: dict[str, ts.Future[ts.KvStore.ReadResult]] = {}
         self._nbytes = chunk_nbytes(array)
+        self.itemsize = array.dtype.numpy_dtype.itemsize
         # A shard of one chunk is read whole: its index comes with the last range. That is too late for a chunk that is given away in
         # parts.
         self._by_index = encoding.sharded and (

@@ -283,7 +283,7 @@ class _Prefetcher:
             if read.source is not None:
                 assert self._exchange is not None
                 future = self._exchange.receive(read, memory[:nbytes])
-            elif read.chunks is None or isinstance(self.reads, LocalReads):
+            elif read.batches is None or isinstance(self.reads, LocalReads):
                 destination = ts.array(values, copy=False, write=True)
                 future = destination.write(self._arrays[leaf.key][region]).commit
             else:

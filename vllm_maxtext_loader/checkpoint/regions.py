@@ -23,7 +23,8 @@ class RegionRead:
 
     Attributes:
         leaf, region, last: as of `DecodedRegion`.
-        chunks: the chunks it consists of; None where TensorStore reads it.
+        batches: the chunks it consists of, those together that one thread decodes one after the other; None where TensorStore
+            reads it.
         source: as of `DecodedRegion`.
         number: by which the source knows it.
         whole: the chunk that the region is a part of, and that is decoded part by part; None where the region is of whole
@@ -34,7 +35,7 @@ class RegionRead:
     leaf: Leaf
     region: Region
     last: bool
-    chunks: tuple[ChunkRead, ...] | None = None
+    batches: tuple[tuple[ChunkRead, ...], ...] | None = None
     source: int | None = None
     number: int = 0
     whole: Region | None = None
@@ -42,11 +43,15 @@ class RegionRead:
 
     def network_seconds(self, start: float, end: float) -> float | None:
         """Seconds between `start` and `end` in which a decoder waited for bytes; None where that is not known."""
-        if self.chunks is None:
+        if self.batches is None:
             return None
         waits = [
-            sum(max(0.0, min(end, stop) - max(start, begin)) for begin, stop in chunk.stream.waits)
-            for chunk in self.chunks
+            sum(
+                max(0.0, min(end, stop) - max(start, begin))
+                for chunk in batch
+                for begin, stop in chunk.stream.waits
+            )
+            for batch in self.batches
         ]
         return max(waits, default=0.0)
 

@@ -8,15 +8,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import os
 import queue
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import tensorstore as ts
 
-from vllm_maxtext_loader.checkpoint.chunks import RemoteArray, chunk_nbytes, is_remote
+from vllm_maxtext_loader.checkpoint.chunks import (
+    ChunkRead,
+    RemoteArray,
+    chunk_nbytes,
+    in_batches,
+    is_remote,
+)
 from vllm_maxtext_loader.checkpoint.encoding import Encoding
 from vllm_maxtext_loader.checkpoint.parts import ChunkParts, Turns, ends_together, in_turn
 from vllm_maxtext_loader.checkpoint.regions import Region, RegionRead
@@ -82,12 +89,10 @@ class RemoteReads:
 
     def decode(self, read: RegionRead, values: np.ndarray) -> AllOf:
         """Decodes a region into `values`."""
-        assert read.chunks is not None
+        assert read.batches is not None
         if read.parts is not None:
             return AllOf([read.parts.decode(read.region, values)])
-        return AllOf(
-            [self._decoders.submit(chunk.array.decode, chunk, values[chunk.place]) for chunk in read.chunks]
-        )
+        return AllOf([self._decoders.submit(_decode, batch, values) for batch in read.batches])
 
     def close(self) -> None:
         """Gives up what is not read yet."""
@@ -103,9 +108,9 @@ class RemoteReads:
                 if array is None:
                     self._reads.put(read)
                 elif read.whole is None:
-                    chunks = tuple(array.chunks(read.region))
-                    self._reads.put(dataclasses.replace(read, chunks=chunks))
-                    for chunk in chunks:
+                    batches = tuple(in_batches(array.chunks(read.region)))
+                    self._reads.put(dataclasses.replace(read, batches=batches))
+                    for chunk in itertools.chain.from_iterable(batches):
                         yield chunk.stream
                 else:
                     yield from self._part(array, read, read.whole)
@@ -129,7 +134,7 @@ class RemoteReads:
         parts = self._parts[key]
         if ends_together(read.region, whole):
             del self._parts[key]
-        self._reads.put(dataclasses.replace(read, chunks=(parts.chunk,), parts=parts))
+        self._reads.put(dataclasses.replace(read, batches=((parts.chunk,),), parts=parts))
         if is_first:
             yield parts.chunk.stream
 
@@ -152,9 +157,14 @@ class RemoteReads:
         return self._turns is not None and self._turns.is_large(nbytes)
 
 
+def _decode(batch: Sequence[ChunkRead], values: np.ndarray) -> None:
+    for chunk in batch:
+        chunk.array.decode(chunk, values[chunk.place])
+
+
 @dataclasses.dataclass(frozen=True)
 class AllOf:
-    """The futures of a region's chunks, as one."""
+    """The futures of a region's batches of chunks, as one."""
 
     futures: list[Future[None]]
 

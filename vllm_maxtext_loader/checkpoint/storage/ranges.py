@@ -23,6 +23,7 @@ REQUESTS = 128
 _SMALLEST_RANGE, _LARGEST_RANGE = 1 << 20, 8 << 20
 _STREAMS_AHEAD = REQUESTS
 _POLL_SECONDS = 0.25
+_LEAST_WAIT_SECONDS = 1e-4
 _CACHED = float("-inf")
 """What TensorStore has cached of an OCDBT database's index need not be looked up again."""
 
@@ -95,7 +96,7 @@ class Stream:
         locate: finds the extent, and calls its argument with it, from any thread, at once or later.
 
     Attributes:
-        waits: when the reader waited for bytes: pairs of start and end.
+        waits: when the reader waited for bytes, if it was for more than a moment: pairs of start and end.
     """
 
     def __init__(self, fetcher: Fetcher, locate: Callable[[Located], None]) -> None:
@@ -127,7 +128,8 @@ class Stream:
             return b""
         started = time.perf_counter()
         arrived = self._next()
-        self.waits.append((started, time.perf_counter()))
+        if (ended := time.perf_counter()) - started >= _LEAST_WAIT_SECONDS:
+            self.waits.append((started, ended))
         if arrived is None:
             self._ended = True
             return b""
