@@ -321,7 +321,13 @@ def plot(file: Path, measured: dict[Network, Rows], title: str) -> None:
             style = "o-" if reader == "ours" else "o--" if reader.startswith("GET") else "o:"
             panel.loglog([n.request_mb_s for n in points], rates, style, label=reader)
         panel.set(xlabel="MB/s of a request", title=f"latency {latency:g} ms")
+        panel.set_xticks([n.request_mb_s for n in points], [f"{n.request_mb_s:g}" for n in points])
+        panel.minorticks_off()
     panels[0].set(ylabel="stored MB/s")
+    ticks = [base * 10**power for power in range(1, 4) for base in (1, 2, 3, 5)]
+    low, high = panels[0].get_ylim()
+    ticks = [tick for tick in ticks if low <= tick <= high]
+    panels[0].set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     panels[-1].legend(fontsize="small")
     figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
 
