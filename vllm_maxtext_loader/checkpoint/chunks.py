@@ -33,6 +33,8 @@ from vllm_maxtext_loader.errors import MaxTextLoadError
 _POLL_SECONDS = 0.25
 _MOST_LISTED = 200_000
 _BATCH_BYTES = 2 << 20
+"""Decoded; what one thread decodes at a time."""
+
 _BEYOND = 1 << 60
 _SIZE = re.compile(r"is not valid for value of size (\d+)")
 """What OCDBT says of a range beyond a value's end; it knows the size from its index, without a request."""
@@ -77,7 +79,7 @@ class ChunkRead:
 
 
 def in_batches(chunks: Iterable[ChunkRead]) -> Iterator[tuple[ChunkRead, ...]]:
-    """Chunks that one thread decodes one after the other: small ones together, since handing one over takes as long as decoding 50 KB.
+    """Chunks that one thread decodes one after the other: small ones together, since handing each over takes Python's lock.
 
     Args:
         chunks: consecutive ones of a region.

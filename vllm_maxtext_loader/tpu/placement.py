@@ -154,8 +154,8 @@ class ShardWriter:
         self._weights = plan_weights(model, plan, dtype) if weights is None else weights
         self.arrays = list({id(weight): weight for weight in self._weights.values()}.values())
         on_host = all(memory_is_host(device) for array in self.arrays for device in array.addressable_indices)
-        # A dry load writes nothing, and host memory that is never touched costs nothing. Given arrays are filled as they are.
         self._stagings: list[Staging] = []
+        # A dry load writes nothing, and host memory that is never touched costs nothing. Given arrays are filled as they are.
         if weights is None and not on_host and dry_load.current() is None:
             self._stagings = fill_on_devices(self.arrays, staged)
             for staging in self._stagings:
