@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import re
 import socket
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +33,25 @@ CASE = "qwen3moe_scanned"
 PREFIX = "several-hosts"
 FORBIDDEN, HANGING, DELETED = 300, 400, 500
 """Steps that the second host cannot read."""
+
+SILENT = """
+import os
+
+os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
+
+import ray
+from vllm_maxtext_loader.engine.nodes import answers
+from vllm_maxtext_loader.errors import EngineError
+
+ray.init(num_cpus=1, include_dashboard=False, runtime_env={"py_executable": "no-such-python"}, log_to_driver=False)
+nowhere = ray.remote(num_cpus=0)(lambda: None).remote()
+here = ray.put(1)
+try:
+    answers([here, nowhere], ["10.0.0.1", "10.0.0.2"], 3)
+except EngineError as error:
+    print(error, flush=True)
+"""
+"""A Ray node that cannot start a worker; Ray's objects stand for the answers of two nodes."""
 
 LIMIT = 3
 """Seconds without a byte (VLLM_MAXTEXT_TIMEOUT)."""
@@ -224,6 +245,17 @@ def test_other_version_on_a_node_is_one_sentence(cluster: Cluster, arguments: di
     assert "Loading MaxText checkpoint" not in answer["log"]
 
 
+def test_node_that_starts_no_process_is_named() -> None:
+    asked = subprocess.run(
+        [sys.executable, "-c", SILENT], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert asked.stdout.splitlines()[-1] == (
+        "No answer within 3 s from 10.0.0.2: Ray started no Python process there. Its logs on that node say why "
+        "(/tmp/ray/session_latest/logs, unless Ray was given another directory). It was to start them by `no-such-python`, in a "
+        "copy of this directory. Where nodes have an installation of their own, set RAY_ENABLE_UV_RUN_RUNTIME_ENV=0."
+    )
+
+
 def test_what_is_on_the_first_node_only_is_refused(cluster: Cluster, arguments: dict[str, Any]) -> None:
     checkpoint = cluster.homes[0] / "checkpoint"
     checkpoint.symlink_to(FIXTURES / CASE / "checkpoints")
@@ -254,7 +286,8 @@ def test_step_that_is_deleted_meanwhile_ends_the_start(
     answer = cluster.run(
         "deleted", of_step(arguments, DELETED, bad), version=2, VLLM_MAXTEXT_TIMEOUT=str(LIMIT)
     )
-    assert_ended(answer, "deleted")
+    # The other host may be opening it just then, with some of its objects gone.
+    assert_ended(answer, "deleted|has no _METADATA")
 
 
 def test_host_with_other_checksums_ends_the_start(
@@ -290,6 +323,6 @@ def assert_ended(answer: dict[str, Any], sentence: str) -> None:
     # Its own, or as it told the other host.
     assert re.match(rf"Host {socket.gethostname()}( \(process \d\) could not load)?: ", message)
     assert f"gs://{gcs.BUCKET}/{PREFIX}/" in message
-    assert sentence in message
+    assert re.search(sentence, message)
     assert answer["seconds"] < 120
     assert answer["left"] == []

@@ -64,6 +64,8 @@ class Cluster:
             "RAY_EXPERIMENTAL_NOSET_TPU_VISIBLE_CHIPS": "1",
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+            # Below `uv run`, Ray would start the nodes' processes by the same command, from a copy of the driver's directory.
+            "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
             "RAY_memory_monitor_refresh_ms": "0",
             "VLLM_HOST_IP": "127.0.0.1",
             "HF_HUB_OFFLINE": "1",

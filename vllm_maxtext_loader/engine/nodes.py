@@ -226,12 +226,43 @@ def _ask_nodes(vllm_config: VllmConfig) -> list[dict[str, Any]]:
             ).remote(list(_DISTRIBUTIONS), files, variables)
             for index in range(group.bundle_count)
         ]
-        reports = ray.get(asked, timeout=_SECONDS)
+        addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+        placed = ray.util.placement_group_table(group)["bundles_to_node_id"]
+        nodes = [addresses.get(placed[index], "unknown") for index in range(group.bundle_count)]
+        reports = answers(asked, nodes)
     finally:
         cloudpickle.unregister_pickle_by_value(node_report)
-    addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
-    placed = ray.util.placement_group_table(group)["bundles_to_node_id"]
-    return [{**found, "ip": addresses.get(placed[index], "unknown")} for index, found in enumerate(reports)]
+    return [{**found, "ip": ip} for found, ip in zip(reports, nodes, strict=True)]
+
+
+def answers(asked: Sequence[Any], nodes: Sequence[str], seconds: float = _SECONDS) -> list[Any]:
+    """What Ray's tasks return.
+
+    Args:
+        asked: one task per node.
+        nodes: their addresses.
+        seconds: in which all must have answered.
+
+    Raises:
+        EngineError: with the nodes that did not.
+    """
+    import ray
+
+    _, silent = ray.wait(list(asked), num_returns=len(asked), timeout=seconds)
+    if not silent:
+        return ray.get(list(asked))
+    names = ", ".join(node for task, node in zip(asked, nodes, strict=True) if task in silent)
+    message = (
+        f"No answer within {seconds:g} s from {names}: Ray started no Python process there. Its logs on that node say why "
+        f"(/tmp/ray/session_latest/logs, unless Ray was given another directory)."
+    )
+    # Ray's hook finds `uv run` among the parents of this process (ray 2.60.0 _private/runtime_env/uv_runtime_env_hook.py).
+    if python := ray.get_runtime_context().runtime_env.get("py_executable"):
+        message += (
+            f" It was to start them by `{python}`, in a copy of this directory. Where nodes have an installation of their own, "
+            f"set RAY_ENABLE_UV_RUN_RUNTIME_ENV=0."
+        )
+    raise EngineError(message)
 
 
 def _carry(reports: Sequence[Mapping[str, Any]]) -> None:
