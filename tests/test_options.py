@@ -90,12 +90,12 @@ def test_unusable_value_names_key_and_value(key: str, value: object) -> None:
 @pytest.mark.parametrize(
     ("nbytes", "chunk", "cores", "budget", "remote"),
     [
-        # A sixteenth of the weights, within its bounds; from a bucket three sixteenths more, within theirs.
-        (3 * GIB, 40 << 20, 2, 3 * GIB // 16, 3 * GIB * 4 // 16),
-        (1 << 20, 1 << 18, 8, GIB // 16, 256 << 20),
-        (62 * GIB, 1 << 20, 8, 2 * GIB, 3 * GIB),
+        # An eighth of the weights, within its bounds; from a bucket a sixteenth and three sixteenths, within theirs.
+        (3 * GIB, 40 << 20, 2, 3 * GIB // 8, 3 * GIB * 4 // 16),
+        (1 << 20, 1 << 18, 8, GIB // 8, 256 << 20),
+        (62 * GIB, 1 << 20, 8, 4 * GIB, 3 * GIB),
         # Chunks so large that fewer would be in flight than cores could decode: up to an eighth, in all.
-        (48 * GIB, 793 << 20, 4, 4 * (793 << 20), 4 * (793 << 20) + GIB),
+        (48 * GIB, 793 << 20, 4, 4 * GIB, 4 * (793 << 20) + GIB),
         (48 * GIB, 793 << 20, 180, 6 * GIB, 6 * GIB),
         (16 * GIB, 793 << 20, 180, 2 * GIB, 2 * GIB),
     ],

@@ -134,18 +134,19 @@ def _json_object(text: str) -> Any:
 def read_budget(
     concurrent_gib: float | None, nbytes: int, chunk_nbytes: int, cores: int, *, remote: bool = False
 ) -> int:
-    """Bytes of array data in flight at a time: decoded, and from a bucket also stored.
+    """Bytes of array data in flight at a time: decoded, and what is held before it is in its place.
 
     Args:
-        concurrent_gib: what the user asked for, in GiB; None means a sixteenth of the checkpoint, so that the
-            budget is small beside the weights, but at least 64 MiB and at most 2 GiB; and more than that, up to an eighth of the
-            checkpoint, where stored chunks are so large that cores would have none to decode.
+        concurrent_gib: what the user asked for, in GiB; None means a sixteenth of the checkpoint for decoded regions, so
+            that they are small beside the weights, but at least 64 MiB and at most 2 GiB, and as much again for what TensorStore
+            reads from a disk and decodes meanwhile; and more than that, up to an eighth of the checkpoint, where stored chunks are
+            so large that cores would have none to decode.
         nbytes: decoded size of all that will be read.
         chunk_nbytes: decoded size of the largest stored chunk. One chunk is decoded by one core; a chunk of the
             published 26B-A4B's experts, converted with MaxText's default of 16 devices, has 793 MB.
         cores: that decode.
-        remote: whether the checkpoint is in a bucket. The bytes that are under way need memory, too: three sixteenths of
-            the checkpoint, but at least 192 MiB and at most 1 GiB. Both together are at most an eighth of a checkpoint of
+        remote: whether the checkpoint is in a bucket. In TensorStore's place are the bytes that are under way: three sixteenths
+            of the checkpoint, but at least 192 MiB and at most 1 GiB. Both together are at most an eighth of a checkpoint of
             16 GiB or more.
 
     Raises:
@@ -153,8 +154,10 @@ def read_budget(
     """
     if concurrent_gib is not None:
         return _budget(concurrent_gib)
-    stored = min(max(3 * nbytes // 16, _LEAST_STORED), _MOST_STORED) if remote else 0
     decoded = min(max(nbytes // 16, GIB // 16), 2 * GIB)
+    if not remote:
+        return max(2 * decoded, min(cores * chunk_nbytes, nbytes // 8))
+    stored = min(max(3 * nbytes // 16, _LEAST_STORED), _MOST_STORED)
     return stored + max(decoded, min(cores * chunk_nbytes, nbytes // 8 - stored))
 
 

@@ -111,8 +111,8 @@ def read_regions(
     Args:
         leaves: what to read.
         arrays: opened arrays by leaf key.
-        budget: bytes that are in flight or in the caller's hands at a time: decoded regions, and from a bucket also
-            stored bytes. A region that is larger than the budget is read alone.
+        budget: bytes that are in flight or in the caller's hands at a time: decoded regions, and what is held before they
+            are in their place; see `_Memory`. A region that is larger than the budget is read alone.
         where: path, for messages.
         outer: by leaf key, axes that come first in memory. Every index along them is one run of memory.
         needed: whether a region is wanted; those that are not are not read, and a leaf without any is passed over.
@@ -133,7 +133,7 @@ def read_regions(
     watch = StallDetector(where)
     opened = (arrays[leaf.key] for leaf in leaves if leaf.key in arrays)
     remote = next((is_remote(array) for array in opened if array.kvstore is not None), False)
-    memory = _Memory.of(budget, remote=remote, in_parts=in_parts)
+    memory = _Memory.of(budget, leaves, remote=remote, in_parts=in_parts)
     if exchange is not None:
         assert memory.turns is None
         regions = exchange.reads()
@@ -163,7 +163,8 @@ def first_regions(
         budget, in_parts: see `read_regions`.
         remote: whether the arrays are in a bucket.
     """
-    memory = _Memory.of(budget, remote=remote, in_parts=in_parts)
+    leaves = list(leaves)
+    memory = _Memory.of(budget, leaves, remote=remote, in_parts=in_parts)
     for leaf in leaves:
         reads = itertools.islice(_own_reads([leaf], memory, None), 1)
         if memory.turns is not None:
@@ -177,12 +178,16 @@ def region_limit(budget: int) -> int:
     Args:
         budget: see `read_regions`.
     """
-    return _Memory.of(budget, remote=True, in_parts=False).region
+    return _Memory.of(budget, (), remote=True, in_parts=False).region
 
 
 @dataclasses.dataclass(frozen=True)
 class _Memory:
     """What a read budget is divided into.
+
+    On a disk, TensorStore reads the stored chunks of all regions that were asked for, and decodes each into memory of its own
+    before it copies it into the ring: half of the budget is for that. Where chunks are so large that the other half would not
+    hold one per core, cores come before the bound.
 
     Attributes:
         window: for stored bytes from a bucket.
@@ -195,13 +200,15 @@ class _Memory:
     turns: Turns | None
 
     @classmethod
-    def of(cls, budget: int, *, remote: bool, in_parts: bool) -> _Memory:
-        """For a checkpoint in a bucket (`remote`) or on a disk."""
-        window = fetch_window(budget) if remote else 0
-        ring = budget - window
-        return cls(
-            window, ring, Turns.of(ring, len(os.sched_getaffinity(0))) if remote and in_parts else None
-        )
+    def of(cls, budget: int, leaves: Iterable[Leaf], *, remote: bool, in_parts: bool) -> _Memory:
+        """For leaves of a checkpoint in a bucket (`remote`) or on a disk."""
+        cores = len(os.sched_getaffinity(0))
+        if remote:
+            window = fetch_window(budget)
+            ring = budget - window
+            return cls(window, ring, Turns.of(ring, cores) if in_parts else None)
+        largest = max((leaf.chunk_nbytes for leaf in leaves), default=0)
+        return cls(0, max(budget // 2, min(cores * largest, budget)), None)
 
     @property
     def region(self) -> int:
