@@ -63,24 +63,24 @@ def test_ring_gives_what_is_larger_than_itself_only_alone() -> None:
 def test_memory_is_not_used_again_while_somebody_reads_it() -> None:
     import tensorstore as ts
 
-    values = np.arange(4096, dtype=np.float32).reshape(64, 64)
-    leaf = Leaf("a", ("a",), values.shape, values.dtype, (4, 64))
+    values = np.arange(65536, dtype=np.float32).reshape(1024, 64)
+    leaf = Leaf("a", ("a",), values.shape, values.dtype, (1, 64))
     on_complete = threading.Event()
 
     def compare(decoded: DecodedRegion) -> None:
         on_complete.wait()
         np.testing.assert_array_equal(decoded.array, values[decoded.region])
 
-    # A budget of four regions: with all of them in use, the reader has to wait for the first.
+    # Half of the budget is for four regions: with all of them in use, the reader has to wait for the first.
     given = 0
     with ThreadPoolExecutor(8) as pool:
-        for decoded in read_regions([leaf], {"a": ts.array(values)}, 4 * 1024, "here"):
+        for decoded in read_regions([leaf], {"a": ts.array(values)}, 1 << 15, "here"):
             decoded.readers.append(pool.submit(compare, decoded))
             given += 1
             if given == 4:
                 threading.Timer(0.2, on_complete.set).start()
             assert given <= 4 or on_complete.is_set()
-    assert given == 16
+    assert given == 64
 
 
 def test_error_of_who_reads_the_memory_ends_the_reading() -> None:
