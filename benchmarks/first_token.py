@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import load
+import shapes
 
 PHASES = ("imports", "configuration", "engine", "load", "warm-up", "first answer")
 START_SECONDS = 600
@@ -181,7 +182,7 @@ def main() -> None:
     directory = Path(tempfile.mkdtemp(prefix="first-token-", dir=args.directory))
     try:
         checkpoint, hf = load.make_pair(directory, load.dims_for("26b", args.gib))
-        tokenizer = str(write_tokenizer(directory / "tokenizer", vocab_size=load.VOCAB))
+        tokenizer = str(write_tokenizer(directory / "tokenizer", vocab_size=shapes.VOCAB))
         common = ["--tokenizer", tokenizer, "--served-model-name", "served"]
         extra = json.dumps({"checkpoint": str(checkpoint)})
         ours = ["--load-format", "maxtext", "--model-loader-extra-config", extra]
