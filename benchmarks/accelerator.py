@@ -125,9 +125,9 @@ def measure(way: str, checkpoint: str, hf: str, backend: str, devices: int) -> d
     found: dict[str, Any] = {}
     compiled: list[float] = []
 
-    def on_event(event: str, seconds: float, **_: Any) -> None:
+    def on_event(event: str, duration_secs: float, **_: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(seconds)
+            compiled.append(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(on_event)
     original = VllmModelWrapper.load_weights

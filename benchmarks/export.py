@@ -117,10 +117,9 @@ def main() -> None:
     args = parser.parse_args()
     print(f"{platform.machine()}, {os.cpu_count()} cores, gcsfs {version('gcsfs')}")
     with tempfile.TemporaryDirectory() as directory:
-        checkpoint = load.make_checkpoint_in_process(
-            Path(directory) / "maxtext", load.dims_for("26b", args.gib)
-        )
-        load.write_config(Path(directory), checkpoint)
+        dims = load.dims_for("26b", args.gib)
+        checkpoint = load.make_checkpoint_in_process(Path(directory) / "maxtext", dims)
+        load.write_config(Path(directory), checkpoint, dims)
         server = subprocess.Popen([sys.executable, __file__, "--sink"], stdout=subprocess.PIPE, text=True)
         assert server.stdout is not None
         environment = {
@@ -128,6 +127,7 @@ def main() -> None:
             "STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{int(server.stdout.readline())}",
         }
         print(f"{'--memory':>10}{'peak GiB':>10}{'read':>8}{'seconds':>9}")
+        last: dict[str, float] = {}
         try:
             for memory in args.memory:
                 command = [sys.executable, __file__, "--measure", str(checkpoint), directory, str(memory)]
@@ -139,10 +139,11 @@ def main() -> None:
                 last = found
         finally:
             server.terminate()
-        print(
-            f"{last['nbytes']:.2f} GiB of tensors, the largest of {last['largest']:.2f} GiB; read budget "
-            f"{last['budget']:.2f} GiB"
-        )
+        if last:
+            print(
+                f"{last['nbytes']:.2f} GiB of tensors, the largest of {last['largest']:.2f} GiB; read budget "
+                f"{last['budget']:.2f} GiB"
+            )
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import first_token
 import load
@@ -44,7 +45,7 @@ def write(directory: Path, layers: int | None) -> None:
     tree: dict[str, object] = {}
     for name, shape in metadata_only.leaves(metadata_only.published(MODEL, layers=layers)).items():
 
-        def part(index: tuple[slice, ...], shape: tuple[int, ...] = shape) -> np.ndarray:
+        def part(index: Any, shape: tuple[int, ...] = shape) -> np.ndarray:
             # One device's part at a time: the whole of a table is half of the model.
             lengths = [len(range(*where.indices(size))) for where, size in zip(index, shape, strict=True)]
             return np.resize(base, lengths)

@@ -166,9 +166,10 @@ def measure(loader: str, checkpoint: str, hf: str) -> dict[str, float]:
         arguments["load_format"] = "tpu_streaming_loader"
     elif loader in OURS:
         arguments["load_format"] = "maxtext"
-        arguments["model_loader_extra_config"] = {"checkpoint": checkpoint}
+        options: dict[str, Any] = {"checkpoint": checkpoint}
         if budget := os.environ.get("CONCURRENT_GIB"):
-            arguments["model_loader_extra_config"]["concurrent_gib"] = float(budget)
+            options["concurrent_gib"] = float(budget)
+        arguments["model_loader_extra_config"] = options
     from vllm import LLM
     from vllm.plugins import load_general_plugins
 

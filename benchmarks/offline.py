@@ -22,7 +22,7 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
 def main(items: str, out: str, config_dir: str, model_name: str, *overrides: str) -> None:
     """Converts, and prints one line of JSON."""
     import jax
-    from maxtext.checkpoint_conversion import to_huggingface
+    from maxtext.checkpoint_conversion import to_huggingface  # type: ignore[import-not-found]  # MaxText needs an environment of its own
     from transformers import AutoConfig
 
     jax.config.update("jax_default_prng_impl", "unsafe_rbg")

@@ -113,14 +113,15 @@ def copy_when_placing() -> None:
     from vllm_maxtext_loader.tpu.swap import StagedArray
 
     values = StagedArray.values
-    StagedArray.values = lambda self, device, region: np.array(values(self, device, region))
+    StagedArray.values = lambda self, device, region: np.array(values(self, device, region))  # type: ignore[method-assign]
 
 
 def report(
     first: float, gib: float, found: list[tuple[float, float, list[float]]], alone: list[float]
 ) -> None:
     """Prints the table."""
-    staging, pause = (statistics.median(row[column] for row in found) for column in (0, 1))
+    staging = statistics.median(row[0] for row in found)
+    pause = statistics.median(row[1] for row in found)
     meanwhile = [seconds for row in found for seconds in row[2]]
     print(
         f"\n{gib:.2f} GiB, {len(os.sched_getaffinity(0))} cores, {platform.machine()}, vllm-tpu "
