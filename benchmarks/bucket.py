@@ -10,7 +10,9 @@ loopback, with a latency and a rate for every request. Then each reader in turn 
     before    TensorStore alone, one request per chunk, 16 chunks at a time: what this package did before it fetched ranges
     GET n     plain ranged GETs of 8 MiB, n at a time, of the same files; nothing is decoded or kept
     run:ai n  run:ai's model streamer (where it is installed), n at a time: as many bytes, uncompressed, as safetensors
+    decode    TensorStore alone from the local files, which are in the page cache: what the cores take to decode
 
+"/both" is ours as a part of GET 128 and decode, one after the other: what a reader takes that fetches first and then decodes.
 Everything runs on one machine, so that reader and bucket share its cores. Compare ratios, not seconds.
 """
 
@@ -125,7 +127,7 @@ def ours(url: str) -> dict[str, float]:
 
 
 def before(url: str) -> dict[str, float]:
-    """TensorStore alone, a request per chunk."""
+    """TensorStore alone, 16 chunks at a time; from a bucket, a request per chunk."""
     from vllm_maxtext_loader.checkpoint.regions import chunk_regions
 
     tree = _open(url)
@@ -266,6 +268,8 @@ def measure(root: Path, prefix: str, network: Network, rounds: int, readers: lis
                     case "run:ai":
                         file = "gs://bucket/safetensors/model.safetensors"
                         row = in_process(port, "runai", file, RUNAI_STREAMER_CONCURRENCY=str(count))
+                    case "decode":
+                        row = in_process(port, "before", str(root / prefix))
                     case _:
                         row = in_process(port, "before", url)
                 rows[f"{reader} {count}"].append(row)
@@ -285,17 +289,18 @@ def report(name: str, rows: Rows) -> None:
         (median(rows[key], "seconds") for key in rows if key.startswith("run:ai")), default=float("nan")
     )
     before = median(rows["before 16"], "seconds") if "before 16" in rows else float("nan")
+    decode = median(rows["decode 16"], "seconds")
     print(
-        f"{name:<52}{own:>7.2f}{get:>9.2f}{best:>9.2f}{median(rows['ours'], 'bytes') / own / 1e6:>7.0f}"
+        f"{name:<52}{own:>7.2f}{get:>9.2f}{decode:>8.2f}{best:>9.2f}{median(rows['ours'], 'bytes') / own / 1e6:>7.0f}"
         f"{median(rows['ours'], 'in_flight'):>6.0f}{median(rows['ours'], 'memory'):>8.2f}{own / get:>9.2f}"
-        f"{own / best:>10.2f}{own / before:>9.2f}",
+        f"{own / (get + decode):>7.2f}{own / best:>10.2f}{own / before:>9.2f}",
         flush=True,
     )
 
 
 HEADER = (
-    f"{'chunks per leaf, format, network':<52}{'s':>7}{'GET 128':>9}{'run:ai':>9}{'MB/s':>7}{'open':>6}{'memory':>8}{'/GET 128':>9}"
-    f"{'/run:ai':>10}{'/before':>9}"
+    f"{'chunks per leaf, format, network':<52}{'s':>7}{'GET 128':>9}{'decode':>8}{'run:ai':>9}{'MB/s':>7}{'open':>6}{'memory':>8}{'/GET 128':>9}"
+    f"{'/both':>7}{'/run:ai':>10}{'/before':>9}"
 )
 
 
@@ -314,6 +319,8 @@ def plot(file: Path, measured: dict[Network, Rows], title: str) -> None:
     for panel, latency in zip(panels, latencies, strict=True):
         points = sorted((n for n in networks if n.latency_ms == latency), key=lambda n: n.request_mb_s)
         for reader in next(iter(measured.values())):
+            if reader == "decode 16":
+                continue
             rates = [
                 median(measured[n]["ours"], "bytes") / median(measured[n][reader], "seconds") / 1e6
                 for n in points
@@ -363,7 +370,7 @@ def main() -> None:
     installed = importlib.util.find_spec("runai_model_streamer") is not None
     readers = [("GET", count) for count in sorted({*args.gets, 128})]
     readers += [("run:ai", count) for count in args.runai] if installed else []
-    readers += [] if args.no_before else [("before", 16)]
+    readers += [("decode", 16)] + ([] if args.no_before else [("before", 16)])
     with_runai = any(reader == "run:ai" for reader, _ in readers)
     versions = [f"{name} {version(name)}" for name in ("tensorstore", "orbax-checkpoint", "zstandard")]
     versions += [f"runai-model-streamer {version('runai-model-streamer')}"] if with_runai else []
