@@ -235,7 +235,7 @@ def _ask_nodes(vllm_config: VllmConfig) -> list[dict[str, Any]]:
     return [{**found, "ip": ip} for found, ip in zip(reports, nodes, strict=True)]
 
 
-def answers(asked: Sequence[Any], nodes: Sequence[str], seconds: float = _SECONDS) -> list[Any]:
+def answers(asked: list[Any], nodes: Sequence[str], seconds: float = _SECONDS) -> list[Any]:
     """What Ray's tasks return.
 
     Args:
@@ -248,18 +248,18 @@ def answers(asked: Sequence[Any], nodes: Sequence[str], seconds: float = _SECOND
     """
     import ray
 
-    _, silent = ray.wait(list(asked), num_returns=len(asked), timeout=seconds)
+    _, silent = ray.wait(asked, num_returns=len(asked), timeout=seconds)
     if not silent:
-        return ray.get(list(asked))
+        return ray.get(asked)
     names = ", ".join(node for task, node in zip(asked, nodes, strict=True) if task in silent)
     message = (
-        f"No answer within {seconds:g} s from {names}: Ray started no Python process there. Its logs on that node say why "
-        f"(/tmp/ray/session_latest/logs, unless Ray was given another directory)."
+        f"No answer within {seconds:g} s from {names}, where Ray starts a Python process for it. If it could not, its logs on that "
+        f"node say why (/tmp/ray/session_latest/logs, unless Ray was given another directory)."
     )
     # Ray's hook finds `uv run` among the parents of this process (ray 2.60.0 _private/runtime_env/uv_runtime_env_hook.py).
     if python := ray.get_runtime_context().runtime_env.get("py_executable"):
         message += (
-            f" It was to start them by `{python}`, in a copy of this directory. Where nodes have an installation of their own, "
+            f" It was to do so by `{python}`, in a copy of this directory. Where nodes have an installation of their own, "
             f"set RAY_ENABLE_UV_RUN_RUNTIME_ENV=0."
         )
     raise EngineError(message)
